@@ -1,0 +1,28 @@
+"""What every test runs under: no network, no accelerator, fixed seeds."""
+
+import os
+import random
+import sys
+
+# Before anything imports torch or transformers, which read these once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis
+import pytest
+
+# The same examples on every machine and no time limit on one: a busy machine is no failure.
+hypothesis.settings.register_profile("trl_ext", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("trl_ext")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Seed the generators in use, without importing torch for a test that does not."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)

@@ -1,0 +1,99 @@
+"""A third-party package adds a trainer and a reward; this repository knows of neither.
+
+The package is `tests/plugin_package`. pip installs it into a temporary folder, which only the child
+processes here have on their path.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "tests" / "plugin_package"
+
+RECIPE = """\
+trainer: echo
+model_name_or_path: bundled:smollm2-135m-instruct
+dataset_name: reasoning_gym/letter_counting
+reward_funcs: [short_answers]
+output_dir: outputs/echo
+num_generations: 4
+per_device_train_batch_size: 4
+{gain}: 2.0
+"""
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """Run Python with the plugin installed. Its build happens in a copy, which it litters."""
+    folder = tmp_path_factory.mktemp("plugin")
+    source, target = folder / "source", folder / "site"
+    shutil.copytree(SOURCE, source, ignore=shutil.ignore_patterns("__pycache__"))
+    # Offline: the build backend, setuptools, comes from the test environment.
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    flags = ["--no-index", "--no-deps", "--no-build-isolation", "--target", str(target)]
+    install = subprocess.run([*pip, *flags, str(source)], capture_output=True, text=True)
+    assert install.returncode == 0, install.stderr
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PYTHONPATH": str(target), "COLUMNS": "200"}
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+
+    return run
+
+
+def test_names_are_listed_and_load(python):
+    program = """
+import json, sys
+from trl_ext.registry import REWARDS, TRAINERS
+listed = ["echo" in TRAINERS.names(), "short_answers" in REWARDS.names()]
+imported = "trl_ext_echo" in sys.modules
+trainer, reward = TRAINERS.load("echo"), REWARDS.load("short_answers")
+scores = reward(prompts=["?", "?"], completions=["a b c", [{"role": "assistant", "content": "a"}]])
+bases = [base.__name__ for base in trainer.__mro__]
+print(json.dumps([listed, imported, bases[:2], trainer.config_class.__name__, scores]))
+"""
+    run = python("-c", program)
+    assert run.returncode == 0, run.stderr
+    listed, imported, bases, config, scores = json.loads(run.stdout.splitlines()[-1])
+    assert listed == [True, True]
+    assert not imported, "listing names must import no plugin"
+    assert (bases, config) == (["EchoTrainer", "RWRTrainer"], "EchoConfig")
+    assert scores == [1 / 4, 1 / 2]
+
+
+def test_a_recipe_for_it_validates(python, tmp_path):
+    recipe = tmp_path / "echo.yaml"
+    recipe.write_text(RECIPE.format(gain="gain"))
+    run = python("-m", "trl_ext", "validate", str(recipe))
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_a_misspelt_field_of_its_config_is_found(python, tmp_path):
+    recipe = tmp_path / "echo.yaml"
+    recipe.write_text(RECIPE.format(gain="gian"))
+    run = python("-m", "trl_ext", "validate", str(recipe))
+    printed = run.stdout + run.stderr
+    assert run.returncode != 0
+    assert "echo.yaml:8" in printed
+    assert "gian" in printed and "gain" in printed
+    assert "Traceback" not in printed
+
+
+def test_this_repository_knows_nothing_of_it():
+    folders = [ROOT / name for name in ("trl_ext", "recipes", "configs")]
+    sources = [p for folder in folders for p in folder.rglob("*") if p.suffix in {".py", ".yaml"}]
+    assert sources
+    for path in [*sources, ROOT / "pyproject.toml"]:
+        assert "trl_ext_echo" not in path.read_text("utf-8"), path
+
+
+def test_building_it_left_nothing_here():
+    files = {p.name for p in SOURCE.iterdir()} - {"__pycache__"}
+    assert files == {"pyproject.toml", "trl_ext_echo"}

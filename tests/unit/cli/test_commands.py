@@ -1,0 +1,168 @@
+"""validate, show, ls, cp and env."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from trl_ext.recipe import read_recipe
+from trl_ext.recipe.yaml_reader import write_yaml
+
+
+def test_validate(home, trl_ext):
+    code, out, err = trl_ext("validate", "rwr/first", "beta=1")
+    assert (code, err) == (0, "")
+    assert out.startswith("ok: ") and out.endswith("first.yaml: trainer rwr, 6 keys\n")
+
+
+def test_validate_says_what_is_wrong(home, trl_ext):
+    code, out, err = trl_ext("validate", "rwr/first", "--beta", "x", "--sede", "1")
+    assert (code, out) == (2, "")
+    assert "command line: beta: got 'x'" in err
+    assert "command line: sede: unknown key, with the value 1. Did you mean seed?" in err
+
+
+def test_show(home, trl_ext):
+    Path("r.yaml").write_text(
+        "trainer: rwr\nextends: recipes/rwr/first.yaml\nenv: {A: 1}\n"
+        "reward_funcs: [accuracy_reward]\nnum_processes: 1\n"
+    )
+    Path("b.yaml").write_text("model_name_or_path: m\ndataset_name: d\noutput_dir: o\n")
+    text = Path("r.yaml").read_text().replace("recipes/rwr/first.yaml", "b.yaml")
+    Path("r.yaml").write_text(text)
+    code, out, _ = trl_ext("show", "r.yaml", "seed=3")
+    assert code == 0
+    assert out == (
+        "trainer: rwr           # r.yaml:1\n"
+        "num_processes: 1       # r.yaml:5\n"
+        "env:\n"
+        "  A: '1'               # r.yaml:3\n"
+        "model_name_or_path: m  # b.yaml:1\n"
+        "dataset_name: d        # b.yaml:2\n"
+        "output_dir: o          # b.yaml:3\n"
+        "reward_funcs:          # r.yaml:4\n"
+        "- accuracy_reward\n"
+        "seed: 3                # command line\n"
+    )
+
+
+def test_show_fits_a_narrow_terminal(home, trl_ext, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    Path("r.yaml").write_text("trainer: rwr\nmodel_name_or_path: m\ndataset_name: d\noutput_dir: o")
+    _, out, _ = trl_ext("show", "r.yaml", "num_processes=1")
+    assert max(map(len, out.splitlines())) <= 30
+    assert "# command line\nnum_processes: 1\n" in out
+
+
+def test_show_json(home, trl_ext):
+    _, out, _ = trl_ext("show", "rwr/first", "--json", "--defaults")
+    shown = json.loads(out)
+    assert shown["values"]["learning_rate"] == 1e-5
+    assert shown["origins"]["seed"].endswith("base.yaml:2")
+    assert shown["defaults"]["lora_r"] == 16
+
+
+VALUES = {
+    "run_name": st.text(),
+    "beta": st.floats(min_value=0, allow_nan=False),
+    "num_train_epochs": st.integers(1, 9) | st.floats(0.1, 9),
+    "save_strategy": st.sampled_from(["no", "steps", "epoch", "best"]),
+    "bf16": st.booleans() | st.none(),
+    "stop_strings": st.lists(st.text(), max_size=3),
+    "dataset_kwargs": st.dictionaries(
+        st.text(max_size=9), st.text() | st.floats(allow_nan=False) | st.booleans(), max_size=3
+    ),
+}
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@given(st.fixed_dictionaries({}, optional=VALUES), st.booleans())
+def test_show_reads_back(home, trl_ext, values, defaults):
+    least = {"trainer": "rwr", "model_name_or_path": "m", "dataset_name": "d", "output_dir": "o"}
+    Path("r.yaml").write_text(write_yaml({**least, **values}), encoding="utf-8")
+    recipe = read_recipe("r.yaml")
+    assert {key: recipe.values[key] for key in values} == values
+    code, out, err = trl_ext("show", "r.yaml", *(["--defaults"] if defaults else []))
+    assert code == 0, err
+    Path("shown.yaml").write_text(out, encoding="utf-8")
+    shown = read_recipe("shown.yaml")
+    assert {key: shown.values[key] for key in recipe.values} == recipe.values
+    for key in set(shown.values) - set(recipe.values):
+        assert defaults and shown.values[key] == recipe.defaults()[key], key
+
+
+def test_ls(home, trl_ext):
+    code, out, _ = trl_ext("ls")
+    assert code == 0
+    assert out == (
+        "rwr/base\n    A base.\n"
+        "rwr/first\n    To be read, in a test of two lines.\n    Hardware: none\n"
+        "\nRun one with `trl_ext train NAME`, copy one with `trl_ext cp NAME`.\n"
+    )
+
+
+def test_ls_json(home, trl_ext):
+    _, out, _ = trl_ext("ls", "--json")
+    assert json.loads(out)["rwr/first"] == {
+        "purpose": "To be read, in a test of two lines.",
+        "hardware": "none",
+        "command": "trl_ext train x",
+    }
+
+
+def test_ls_fits_a_narrow_terminal(home, trl_ext, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    _, out, _ = trl_ext("ls")
+    entries = out.split("\n\n")[0]
+    assert max(map(len, entries.splitlines())) <= 20
+
+
+@pytest.mark.parametrize("destination", [[], ["mine.yaml"], ["."]])
+def test_cp_keeps_meaning_the_same(home, trl_ext, destination):
+    code, _, err = trl_ext("cp", "rwr/first", *destination)
+    assert code == 0, err
+    copy = Path("mine.yaml" if destination == ["mine.yaml"] else "first.yaml")
+    original = (home / "recipes/rwr/first.yaml").read_text()
+    renamed = original.replace("extends: base.yaml", "extends: recipes/rwr/base.yaml")
+    assert copy.read_text() == renamed
+    assert read_recipe(copy).values == read_recipe("rwr/first").values
+
+
+def test_cp_of_ones_own_file(home, trl_ext):
+    Path("a b").mkdir()
+    Path("a b/base.yaml").write_text("seed: 5\n")
+    least = "trainer: rwr\nmodel_name_or_path: m\ndataset_name: d\noutput_dir: o\n"
+    Path("a b/r.yaml").write_text(least + "extends: ['base.yaml', \"base.yaml\"] # both\n")
+    assert trl_ext("cp", "a b/r.yaml", "copy.yaml")[0] == 0
+    assert 'extends: ["a b/base.yaml", "a b/base.yaml"] # both' in Path("copy.yaml").read_text()
+    assert read_recipe("copy.yaml").values["seed"] == 5
+
+
+def test_cp_replaces_nothing(home, trl_ext):
+    Path("first.yaml").write_text("mine")
+    code, _, err = trl_ext("cp", "rwr/first")
+    assert code == 2
+    assert "first.yaml exists and is left alone" in err
+    assert Path("first.yaml").read_text() == "mine"
+
+
+def test_cp_into_no_folder(home, trl_ext):
+    code, _, err = trl_ext("cp", "rwr/first", "no/such/x.yaml")
+    assert code == 2
+    assert "There is no folder no/such" in err
+
+
+def test_env(trl_ext):
+    code, out, _ = trl_ext("env", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert {"trl_ext", "trl", "transformers", "torch", "peft", "python", "device"} <= set(facts)
+    assert facts["trl"].startswith("1.16")
+    assert "trl_ext " in trl_ext("env")[1]
+
+
+@pytest.mark.parametrize("argv", [["ls"], ["show", "rwr/first"], ["env"], ["--help"]])
+def test_no_colour_in_a_pipe(home, trl_ext, argv):
+    assert "\x1b" not in trl_ext(*argv)[1]

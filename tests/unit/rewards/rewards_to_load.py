@@ -1,0 +1,37 @@
+"""Objects that the tests of `build_rewards` load by name."""
+
+not_a_function = 3
+
+
+def longer(completions, scale=1.0, **columns):
+    return [scale * len(completion) for completion in completions]
+
+
+async def slow_longer(completions, scale=1.0, **columns):
+    return [scale * len(completion) for completion in completions]
+
+
+def takes_anything(**columns):
+    return [0.0 for _ in columns["completions"]]
+
+
+def at_most(limit: int, step: float = 1.0):
+    def reward(completions, **columns):
+        return [step * (len(completion) <= limit) for completion in completions]
+
+    return reward
+
+
+def makes_nothing():
+    return None
+
+
+class Counter:
+    def __init__(self, start: int = 0):
+        self.start = start
+
+    def __call__(self, completions, **columns):
+        return [float(self.start + len(completion)) for completion in completions]
+
+
+instance = Counter(5)

@@ -1,0 +1,30 @@
+"""Algorithms around the Gibbs policy π* ∝ π_ref · exp(r/β), as plugins on top of Hugging Face TRL.
+
+The names below are imported when first used, so that `import trl_ext` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trl_ext.rwr import RWRConfig, RWRTrainer
+
+__version__ = "0.1.0.dev0"
+
+# An algorithm adds its two public names here, and once more above, for editors.
+_HOMES = {
+    "RWRConfig": "trl_ext.rwr",
+    "RWRTrainer": "trl_ext.rwr",
+}
+
+__all__ = ["RWRConfig", "RWRTrainer", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'trl_ext' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

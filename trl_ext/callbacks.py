@@ -1,0 +1,71 @@
+"""What `trl_ext train` adds to a trainer: the record of a run, and an orderly Ctrl-C."""
+
+import math
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+from trl_ext.record import EVALUATIONS, METRICS, RunRecord
+from trl_ext.trl_adapter import PolicyTrainer
+
+
+class RecordMetrics(TrainerCallback):
+    """A line of metrics a log step, and the reward of every held-out completion an evaluation."""
+
+    def __init__(self, record: RunRecord):
+        self.record = record
+        self.trainer: Trainer | None = None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        numbers = {name: _number(value) for name, value in (logs or {}).items()}
+        self.record.append(METRICS, {"step": state.global_step, **numbers})
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if isinstance(self.trainer, PolicyTrainer):
+            rewards = self.trainer.evaluation_rewards()
+            self.record.append(EVALUATIONS, {"step": state.global_step, "rewards": rewards})
+
+
+class StopOnInterrupt(TrainerCallback):
+    """The first Ctrl-C ends training after the step under way and saves; the second at once.
+
+    Attributes:
+        interrupted: whether training ended that way.
+    """
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._previous: Any = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._previous = signal.signal(signal.SIGINT, self._ask_to_stop)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.restore()
+
+    def restore(self) -> None:
+        """Give Ctrl-C back to whoever had it."""
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted = True
+        self.restore()
+        print(
+            "\nCtrl-C: finishing this step and saving a checkpoint. Once more stops at once.",
+            file=sys.stderr,
+        )
+
+
+def _number(value: Any) -> Any:
+    """JSON has no NaN; a metric that nothing was measured for is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,58 @@
+"""Train what a recipe says.
+
+examples:
+  trl_ext train rwr/quickstart
+  trl_ext train my.yaml learning_rate=1e-5 output_dir=runs/a
+  trl_ext train my.yaml --resume
+  trl_ext train my.yaml num_processes=2
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from trl_ext.cli.launcher import launch_command, wants_processes
+from trl_ext.recipe import read_recipe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own arguments; everything else is an override."""
+    parser.usage = "%(prog)s RECIPE [--resume [CHECKPOINT]] [--overwrite] [key=value ...]"
+    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="CHECKPOINT",
+        help="go on from the last checkpoint in output_dir, or from this one",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what output_dir already holds"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train here, or replace this process by a launcher that runs this command several times."""
+    if isinstance(args.resume, str) and "=" in args.resume and not Path(args.resume).exists():
+        args.overrides.insert(0, args.resume)  # `--resume key=value`
+        args.resume = True
+    recipe = read_recipe(args.recipe, args.overrides)
+    os.environ.update(recipe.env)  # before torch and tokenizers read theirs
+    if wants_processes(recipe.launcher) and "LOCAL_RANK" not in os.environ:
+        command = launch_command(recipe, _arguments(args))
+        print("Launching:", " ".join(command), file=sys.stderr, flush=True)
+        os.execv(command[0], command)
+    from trl_ext.launch import train
+
+    train(recipe, resume=args.resume, overwrite=args.overwrite)
+    return 0
+
+
+def _arguments(args: argparse.Namespace) -> list[str]:
+    """This command line again, for the processes that are launched."""
+    resume = [] if args.resume is False else ["--resume"]
+    resume += [args.resume] if isinstance(args.resume, str) else []
+    overwrite = ["--overwrite"] if args.overwrite else []
+    return ["train", args.recipe, *overwrite, *resume, *args.overrides]

@@ -1,0 +1,67 @@
+"""Versions, devices and the commit: what a run or a bug report has to say about its machine."""
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+from trl_ext import __version__
+
+_PACKAGES = (
+    "trl",
+    "transformers",
+    "torch",
+    "peft",
+    "accelerate",
+    "datasets",
+    "evaluate",
+    "bitsandbytes",
+    "deepspeed",
+    "vllm",
+)
+
+
+def environment() -> dict[str, Any]:
+    """Name -> version or fact; None for what is not installed."""
+    return {
+        "trl_ext": __version__,
+        **{package: _version(package) for package in _PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": _devices(),
+        "git_commit": _git_commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> str:
+    if find_spec("torch") is None:
+        return "unknown without torch"
+    import torch
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return ", ".join(names)
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "CPU" if kind is None else str(kind)
+
+
+def _git_commit() -> str | None:
+    """The commit of the folder the command runs in, with "+changes" if its tree differs from it."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+changes", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None

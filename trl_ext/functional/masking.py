@@ -1,0 +1,49 @@
+"""Sums and means under a mask (1 or True = keep), and what an empty mask gives."""
+
+import torch
+from torch import Tensor
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision becomes float32, others stay: no exponential or sum in 8 bits of mantissa.
+
+    Args:
+        values: any shape, any dtype.
+
+    Returns:
+        Tensor of the same shape, float32 or float64.
+    """
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def masked_sum(values: Tensor, mask: Tensor, dim: int = -1) -> Tensor:
+    """Σ over kept entries. What is masked out may be NaN or inf: it is never touched.
+
+    Source: definition.
+
+    Args:
+        values: (…, N, …), any floating dtype.
+        mask: broadcastable to `values`, 1 or True = keep.
+        dim: the axis summed over.
+
+    Returns:
+        `values` without `dim`; 0 where nothing is kept.
+    """
+    return torch.where(mask.bool(), values, 0).sum(dim)
+
+
+def masked_mean(values: Tensor, mask: Tensor, dim: int = -1) -> Tensor:
+    """Σ over kept entries / number of kept entries.
+
+    Source: definition.
+
+    Args:
+        values: (…, N, …), any floating dtype.
+        mask: broadcastable to `values`, 1 or True = keep.
+        dim: the axis averaged over.
+
+    Returns:
+        `values` without `dim`; 0 (not NaN) where nothing is kept.
+    """
+    count = mask.bool().expand_as(values).sum(dim)
+    return masked_sum(values, mask, dim) / count.clamp(min=1)

@@ -1,0 +1,215 @@
+"""From a recipe to a trained model: build the trainer, train, save, leave the record."""
+
+import importlib
+import inspect
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config
+from trl import get_quantization_config as quantization_config_of
+
+from trl_ext.bundled import resolve_model
+from trl_ext.callbacks import RecordMetrics, StopOnInterrupt
+from trl_ext.errors import ConfigError, RunError, TrlExtError
+from trl_ext.recipe import Recipe
+from trl_ext.record import (
+    EVALUATIONS,
+    RECIPE,
+    RunRecord,
+    checkpoint_to_resume,
+    is_complete,
+    is_first_process,
+    last_checkpoint,
+)
+from trl_ext.registry import TRAINERS
+from trl_ext.report import before_after_table, held_out_gain
+from trl_ext.rewards import build_rewards
+from trl_ext.tasks import load_splits
+
+
+def train(recipe: Recipe, *, resume: bool | str = False, overwrite: bool = False) -> None:
+    """Train what a recipe says and leave the result and its record in `output_dir`.
+
+    Args:
+        recipe: from `read_recipe`.
+        resume: True continues from the newest complete checkpoint in `output_dir`, a path from
+            that checkpoint.
+        overwrite: replace the run that `output_dir` holds.
+
+    Raises:
+        TrlExtError: if the recipe's parts do not fit together, a reward fails, or a checkpoint
+            cannot be written; the message says what is left to resume from.
+    """
+    output_dir = Path(recipe.values["output_dir"])
+    record = RunRecord(output_dir, writes=is_first_process())
+    record.claim(resume=bool(resume), overwrite=overwrite)
+    checkpoint = checkpoint_to_resume(output_dir, resume)
+    trainer = build_trainer(recipe, resumed=checkpoint is not None)
+    record.forget_after(int(checkpoint.name.split("-")[1]) if checkpoint else -1)
+    record.describe(recipe.to_yaml())
+    _train_recorded(trainer, recipe, record, checkpoint)
+
+
+def build_trainer(recipe: Recipe, *, resumed: bool = False) -> Trainer:
+    """The trainer of a recipe, ready to train: everything is checked before a model is loaded."""
+    trainer_class = TRAINERS.load(recipe.trainer)
+    config = _config(recipe, trainer_class)
+    _check_processes(config)
+    if resumed:
+        config.eval_on_start = False  # "before training" was measured when the run began
+    parts = _reward_parts(recipe, trainer_class)
+    train_dataset, eval_dataset = _datasets(recipe)
+    model_config = ModelConfig(**recipe.groups["model"])
+    quantization_config = quantization_config_of(model_config)
+    config.model_init_kwargs = _model_init_kwargs(model_config, config)
+    return trainer_class(
+        model=resolve_model(recipe.values["model_name_or_path"]),
+        args=config,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset if _evaluates(config) else None,
+        quantization_config=quantization_config,
+        peft_config=get_peft_config(model_config),
+        **parts,
+    )
+
+
+def _config(recipe: Recipe, trainer_class: type[Trainer]) -> Any:
+    name = trainer_class.__name__.removesuffix("Trainer") + "Config"
+    config_class = getattr(importlib.import_module(trainer_class.__module__), name)
+    values = {"use_cpu": not torch.accelerator.is_available(), **recipe.groups["config"]}
+    try:
+        return config_class(**values)
+    except TrlExtError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        # TRL's and transformers' own checks of values that only together make no sense.
+        raise ConfigError(f"{recipe.path}: {error}") from error
+
+
+def _check_processes(config: Any) -> None:
+    """Several processes that do not know of each other would each train alone and overwrite."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.world_size != started:
+        raise RunError(
+            f"A launcher started {started} processes, but transformers sees {config.world_size}: "
+            "they would train apart and overwrite each other. On CPUs set ddp_backend=gloo."
+        )
+
+
+def _reward_parts(recipe: Recipe, trainer_class: type[Trainer]) -> dict[str, Any]:
+    script = recipe.groups["script"]
+    reward_funcs = build_rewards(script.get("reward_funcs") or [])
+    if script.get("reward_model_name_or_path"):
+        reward_funcs.insert(0, script["reward_model_name_or_path"])
+    takes_rewards = "reward_funcs" in inspect.signature(trainer_class).parameters
+    if takes_rewards and not reward_funcs:
+        raise ConfigError(
+            f"trainer: {recipe.trainer} needs a reward. Set reward_funcs, such as "
+            "reward_funcs: [reasoning_gym], or reward_model_name_or_path."
+        )
+    if reward_funcs and not takes_rewards:
+        raise ConfigError(
+            f"trainer: {recipe.trainer} takes no reward_funcs. Remove them, or use another trainer."
+        )
+    return {"reward_funcs": reward_funcs} if takes_rewards else {}
+
+
+def _datasets(recipe: Recipe) -> tuple[Any, Any]:
+    script = recipe.groups["script"]
+    if script.get("dataset_name"):
+        return load_splits(script)
+    mixture = get_dataset(DatasetMixtureConfig(**recipe.groups["mixture"]))
+    train_split = script.get("dataset_train_split", "train")
+    return mixture[train_split], mixture.get(script.get("dataset_test_split", "test"))
+
+
+def _evaluates(config: Any) -> bool:
+    return config.eval_on_start or str(config.eval_strategy) not in ("no", "IntervalStrategy.NO")
+
+
+def _model_init_kwargs(model_config: ModelConfig, config: Any) -> dict[str, Any]:
+    return {
+        "revision": model_config.model_revision,
+        "attn_implementation": model_config.attn_implementation,
+        "dtype": model_config.dtype,
+        **(config.model_init_kwargs or {}),
+    }
+
+
+def _train_recorded(
+    trainer: Trainer, recipe: Recipe, record: RunRecord, checkpoint: Path | None
+) -> None:
+    metrics, interrupt = RecordMetrics(record), StopOnInterrupt()
+    metrics.trainer = trainer
+    trainer.add_callback(metrics)
+    trainer.add_callback(interrupt)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if interrupt.interrupted:
+            raise KeyboardInterrupt
+        _finish(trainer, record)
+    except KeyboardInterrupt:
+        print(f"Stopped at step {trainer.state.global_step}. {_left(record)}", file=sys.stderr)
+        raise
+    except TrlExtError as error:
+        raise type(error)(f"{error}\n{_left(record)}") from error
+    except Exception as error:
+        if not _was_saving(trainer, record):
+            error.add_note(_left(record))
+            raise
+        raise RunError(
+            f"Saving at step {trainer.state.global_step} failed: {error}. What it had written of "
+            f"that checkpoint is removed. Is the disk full? {_left(record)}"
+        ) from error
+    finally:
+        interrupt.restore()
+
+
+def _was_saving(trainer: Trainer, record: RunRecord) -> bool:
+    """Whether training failed while it wrote a checkpoint; a half-written one is removed."""
+    checkpoint = record.output_dir / f"checkpoint-{trainer.state.global_step}"
+    if not checkpoint.exists() or is_complete(checkpoint):
+        return False
+    if record.writes:
+        shutil.rmtree(checkpoint)
+    return True
+
+
+def _left(record: RunRecord) -> str:
+    """What a stopped run has left, and the command that goes on from there."""
+    newest = last_checkpoint(record.output_dir)
+    command = f"trl_ext train {record.output_dir / RECIPE} --resume"
+    if newest is None:
+        return f"No checkpoint had been saved; {command} starts again from the beginning."
+    return f"The newest complete checkpoint is {newest}; go on from it with: {command}"
+
+
+def _finish(trainer: Trainer, record: RunRecord) -> None:
+    evaluated_at = [row["step"] for row in record.rows(EVALUATIONS)]
+    if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated_at:
+        trainer.evaluate()
+    trainer.save_model(str(record.output_dir))
+    trainer.create_model_card(model_name=record.output_dir.name)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
+    if record.writes:
+        gain = held_out_gain(record)
+        print(("\n" + before_after_table(gain) + "\n") if gain else "")
+        print(_how_to_use(record.output_dir))
+
+
+def _how_to_use(output_dir: Path) -> str:
+    """Where the result lies, and a command that uses it."""
+    what = "LoRA adapter" if (output_dir / "adapter_config.json").is_file() else "model"
+    return (
+        f"The {what} is in {output_dir}, with the recipe that made it. Try it:\n"
+        '  python -c "from transformers import pipeline; '
+        f"print(pipeline('text-generation', '{output_dir}')('Your prompt', max_new_tokens=20))\""
+    )

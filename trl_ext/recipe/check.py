@@ -1,0 +1,147 @@
+"""The merged entries of a recipe against the fields they fill. Everything wrong is collected."""
+
+from typing import Any
+
+from trl_ext.errors import PluginError, UnknownNameError
+from trl_ext.recipe.findings import COMMAND_LINE, Finding, Origin, did_you_mean, show_value
+from trl_ext.recipe.schema import COMMON_GROUPS, LAUNCH_GROUP, Fields, class_fields, config_fields
+from trl_ext.recipe.values import WrongValue, convert
+from trl_ext.recipe.yaml_reader import Entries, Entry
+from trl_ext.registry import REWARDS, TRAINERS
+
+_OWN_KEYS = ("trainer", "extends", "env", *class_fields(LAUNCH_GROUP))
+
+
+def resolve_trainer(entries: Entries, recipe: Origin, findings: list[Finding]) -> str | None:
+    """The "module:Class" of the recipe's trainer."""
+    entry = entries.get("trainer")
+    if entry is None:
+        message = f"missing; say which trainer, one of: {', '.join(TRAINERS.names())}"
+        findings.append(Finding(recipe, "trainer", message))
+    elif not isinstance(entry.value, str):
+        message = f"got {show_value(entry.value)}; allowed: {', '.join(TRAINERS.names())}"
+        findings.append(Finding(entry.origin, "trainer", message))
+    else:
+        try:
+            return TRAINERS.resolve(entry.value)
+        except UnknownNameError as error:
+            findings.append(Finding(entry.origin, "trainer", str(error)))
+    return None
+
+
+def recipe_fields(
+    trainer_target: str | None, entries: Entries, findings: list[Finding]
+) -> dict[str, Fields]:
+    """Group -> its fields; without "config" where the trainer's own cannot be read."""
+    groups = {group: class_fields(target) for group, target in COMMON_GROUPS.items()}
+    if trainer_target is not None:
+        try:
+            groups["config"] = config_fields(trainer_target)
+        except PluginError as error:
+            findings.append(Finding(entries["trainer"].origin, "trainer", str(error)))
+    return groups
+
+
+def check_values(
+    entries: Entries, groups: dict[str, Fields], findings: list[Finding]
+) -> dict[str, Any]:
+    """Key -> converted value, for the keys that some group has."""
+    fields = {name: field for group in groups.values() for name, field in group.items()}
+    values = {}
+    for key, entry in entries.items():
+        if key in fields:
+            try:
+                values[key] = convert(fields[key], entry)
+            except WrongValue as error:
+                findings.append(Finding(entry.origin, key, str(error)))
+        elif "config" in groups or not _trainers_with(key):
+            findings.append(Finding(entry.origin, key, _unknown_key(key, entry, list(fields))))
+    return values
+
+
+def _unknown_key(key: str, entry: Entry, known: list[str]) -> str:
+    message = f"unknown key, with the value {show_value(entry.value)}."
+    dashed = key.replace("-", "_")
+    if dashed in known:
+        return f"{message} Did you mean {dashed}?"
+    hint = did_you_mean(key, [*known, *_OWN_KEYS])
+    trainers = _trainers_with(key)
+    if trainers:
+        return f"{message} It belongs to the trainer {' and '.join(trainers)}.{hint}"
+    if hint:
+        return message + hint
+    return f"{message} No valid key is near; `trl_ext show --defaults` on a recipe lists all keys."
+
+
+def _trainers_with(key: str) -> list[str]:
+    return [name for name in TRAINERS.names() if key in _fields_or_none(name)]
+
+
+def _fields_or_none(trainer: str) -> Fields:
+    """A trainer's fields for a hint; one that is broken is reported where it is asked for."""
+    try:
+        return config_fields(TRAINERS.resolve(trainer))
+    except PluginError:
+        return {}
+
+
+def check_required(entries: Entries, recipe: Origin, findings: list[Finding]) -> None:
+    """The keys without which no run can start."""
+    needed = {
+        ("model_name_or_path",): "the model to train: a hub id or a local path",
+        ("output_dir",): "the folder that the run writes to",
+        ("dataset_name", "datasets"): "what to train on",
+    }
+    for keys, meaning in needed.items():
+        if not any(key in entries and entries[key].value for key in keys):
+            given = next((entries[key].origin for key in keys if key in entries), recipe)
+            findings.append(Finding(given, " or ".join(keys), f"missing; {meaning}"))
+
+
+def check_refused(
+    refused: dict[str, str],
+    fields: Fields,
+    values: dict[str, Any],
+    entries: Entries,
+    findings: list[Finding],
+) -> None:
+    """Inherited options that the trainer's config says it does not honour."""
+    for key, reason in refused.items():
+        if key in values and values[key] != fields[key].default:
+            message = (
+                f"got {show_value(values[key])}, which does nothing here: {reason}. Remove it."
+            )
+            findings.append(Finding(entries[key].origin, key, message))
+
+
+def check_rewards(
+    values: dict[str, Any], entries: Entries, findings: list[Finding]
+) -> dict[str, Any]:
+    """The values, TRL's spelling `package.module.object` of a reward turned into ours."""
+    if not values.get("reward_funcs"):
+        return values
+    rewards = [_named_reward(reward) for reward in values["reward_funcs"]]
+    for reward in rewards:
+        name = reward.get("name") if isinstance(reward, dict) else reward
+        try:
+            if not isinstance(name, str):
+                raise UnknownNameError(f"The reward {show_value(reward)} has no name. Give `name`.")
+            REWARDS.resolve(name)
+        except UnknownNameError as error:
+            findings.append(Finding(entries["reward_funcs"].origin, "reward_funcs", str(error)))
+    return values | {"reward_funcs": rewards}
+
+
+def _named_reward(reward: str | dict[str, Any]) -> str | dict[str, Any]:
+    if isinstance(reward, dict):
+        name = reward.get("name")
+        return {**reward, "name": _named_reward(name)} if isinstance(name, str) else reward
+    module, dot, attribute = reward.rpartition(".")
+    is_dotted = dot and ":" not in reward and reward not in REWARDS.names() and "/" not in reward
+    return f"{module}:{attribute}" if is_dotted else reward
+
+
+def first_origin(entries: Entries, keys: tuple[str, ...], recipe: Origin) -> Origin:
+    """Where the first of these keys was given, the command line before files."""
+    given = [entries[key].origin for key in keys if key in entries]
+    return COMMAND_LINE if COMMAND_LINE in given else (given or [recipe])[0]

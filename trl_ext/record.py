@@ -1,0 +1,137 @@
+"""What a run leaves in its `output_dir`, and which runs and checkpoints may be built on.
+
+recipe.yaml        the resolved recipe, itself a recipe
+environment.json   versions, device, git commit, command line
+metrics.jsonl      one line a log step
+evaluations.jsonl  one line an evaluation: the reward of every held-out completion
+checkpoint-N/      what a killed run resumes from
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from trl_ext.environment import environment
+from trl_ext.errors import RunError
+
+RECIPE = "recipe.yaml"
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+# transformers writes this file of a checkpoint last, and the policy trainers everything before it.
+_WRITTEN_LAST = "trainer_state.json"
+
+
+class RunRecord:
+    """The files of one run.
+
+    Args:
+        output_dir: where the run lives.
+        writes: whether this process writes; of several, one does.
+    """
+
+    def __init__(self, output_dir: str | Path, *, writes: bool = True):
+        self.output_dir = Path(output_dir)
+        self.writes = writes
+
+    def claim(self, *, resume: bool, overwrite: bool) -> None:
+        """Make `output_dir` this run's own.
+
+        Raises:
+            RunError: if it holds anything, and neither resume nor overwrite is asked for; or if
+                overwrite would remove what is not a run.
+        """
+        if not self.output_dir.exists() or not any(self.output_dir.iterdir()):
+            if self.writes:
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+            return
+        is_run = (self.output_dir / RECIPE).is_file()
+        if resume:
+            return
+        if overwrite and is_run:
+            if self.writes:
+                shutil.rmtree(self.output_dir)
+                self.output_dir.mkdir(parents=True)
+            return
+        if overwrite:
+            raise RunError(
+                f"--overwrite would remove output_dir {str(self.output_dir)!r}, which holds files "
+                f"but no {RECIPE} of a run. Give another output_dir, or empty it yourself."
+            )
+        what = "another run" if is_run else "files already"
+        raise RunError(
+            f"output_dir {str(self.output_dir)!r} holds {what}. Continue it with --resume, replace "
+            "it with --overwrite, or give another: output_dir=..."
+        )
+
+    def describe(self, recipe_yaml: str) -> None:
+        """Write the resolved recipe and the environment."""
+        if not self.writes:
+            return
+        (self.output_dir / RECIPE).write_text(recipe_yaml)
+        record = environment() | {"command": sys.argv}
+        (self.output_dir / ENVIRONMENT).write_text(json.dumps(record, indent=2) + "\n")
+
+    def append(self, file: str, row: dict[str, Any]) -> None:
+        """Add a line to `metrics.jsonl` or `evaluations.jsonl`."""
+        if self.writes:
+            with (self.output_dir / file).open("a") as lines:
+                lines.write(json.dumps(row) + "\n")
+
+    def rows(self, file: str) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl` or `evaluations.jsonl`; none if the file is not there."""
+        path = self.output_dir / file
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def forget_after(self, step: int) -> None:
+        """Drop lines of steps after `step`: a resumed run takes those steps again."""
+        for file in (METRICS, EVALUATIONS):
+            kept = [row for row in self.rows(file) if row["step"] <= step]
+            if self.writes and (self.output_dir / file).exists():
+                (self.output_dir / file).write_text("".join(json.dumps(r) + "\n" for r in kept))
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end, so that it can be resumed from."""
+    try:
+        state = json.loads((checkpoint / _WRITTEN_LAST).read_text())
+    except (OSError, ValueError):
+        return False
+    return f"checkpoint-{state.get('global_step')}" == checkpoint.name
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint, or None. A half-written one is passed over."""
+    numbered = [
+        path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[1].isdigit()
+    ]
+    newest_first = sorted(numbered, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    return next((path for path in newest_first if is_complete(path)), None)
+
+
+def checkpoint_to_resume(output_dir: Path, resume: bool | str) -> Path | None:
+    """What `--resume` (True: the newest) or `--resume CHECKPOINT` goes on from; None: nothing.
+
+    Raises:
+        RunError: if the named checkpoint is not there or not complete.
+    """
+    if not isinstance(resume, str):
+        return last_checkpoint(output_dir) if resume else None
+    named = Path(resume)
+    if named.is_dir() and not named.name.startswith("checkpoint-"):
+        return last_checkpoint(named)
+    if is_complete(named):
+        return named
+    newest = last_checkpoint(output_dir)
+    raise RunError(
+        f"--resume {resume}: there is no complete checkpoint of that name. "
+        + (f"The newest complete one is {newest}." if newest else f"{output_dir} has none at all.")
+    )
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process, or the first of several that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,113 @@
+"""The `reward_funcs` of a recipe as callables."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from trl_ext.errors import RewardError
+from trl_ext.registry import REWARDS
+
+Entry = str | Mapping[str, Any]
+
+
+def build_rewards(entries: Sequence[Entry]) -> list[Callable[..., Any]]:
+    """One callable an entry, in order.
+
+    An entry is a name that the registry knows, `package.module:object`, or a mapping with `name`
+    and arguments. What the name stands for is a reward function if it takes `completions`, and
+    gets the arguments with each call; otherwise it is a factory, and is called with them here.
+
+    Raises:
+        RewardError: if an entry is neither, or the arguments do not fit; with the signature.
+        UnknownNameError: if nothing has that name.
+        PluginError: if it cannot be imported.
+    """
+    return [_build(entry) for entry in entries]
+
+
+def _build(entry: Entry) -> Callable[..., Any]:
+    name, arguments = _read(entry)
+    loaded = REWARDS.load(name)
+    if not callable(loaded):
+        raise RewardError(
+            f"The reward {name!r} is a {type(loaded).__name__}, not a function; {_must_be()}."
+        )
+    if _takes_completions(loaded, name):
+        return _with_arguments(loaded, name, arguments)
+    _check_arguments(loaded, name, arguments)
+    made = loaded(**arguments)
+    if not callable(made):
+        raise RewardError(
+            f"The reward {name!r} takes no argument called completions, so it was called as a "
+            f"factory, {_signature(loaded)}, and gave {made!r}; {_must_be()}."
+        )
+    return made
+
+
+def _read(entry: Entry) -> tuple[str, dict[str, Any]]:
+    if isinstance(entry, str):
+        return entry, {}
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+        raise RewardError(
+            f"The reward entry {entry!r} is neither a name nor a mapping with the key 'name'. "
+            "Write `- exact_match` or `- {name: reasoning_gym, reader: lenient}`."
+        )
+    return entry["name"], {key: value for key, value in entry.items() if key != "name"}
+
+
+def _with_arguments(
+    function: Callable[..., Any], name: str, arguments: dict[str, Any]
+) -> Callable[..., Any]:
+    if not arguments:
+        return function
+    _check_names(function, name, arguments)
+    # TRL and `guarded` look through a partial for the name and for async functions.
+    bound = partial(function, **arguments)
+    bound.__name__ = getattr(function, "__name__", name)  # type: ignore[attr-defined]
+    return bound
+
+
+def _takes_completions(function: Callable[..., Any], name: str) -> bool:
+    """Whether this is a reward function; a class is a factory whatever its __init__ takes."""
+    if inspect.isclass(function):
+        return False
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError as error:  # some built-in functions
+        raise RewardError(
+            f"The reward {name!r} does not say which arguments it takes; {_must_be()}."
+        ) from error
+    return any(p.name == "completions" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _check_names(function: Callable[..., Any], name: str, arguments: dict[str, Any]) -> None:
+    """Refuse misspelt arguments: `**kwargs`, which TRL's columns need, would swallow them."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(function).parameters.values()
+    known = {parameter.name for parameter in parameters if parameter.kind in named}
+    unknown = [key for key in arguments if key not in known]
+    if unknown:
+        raise RewardError(
+            f"The reward {name!r} has no argument {', '.join(map(repr, unknown))}. "
+            f"Its signature: {_signature(function)}"
+        )
+
+
+def _check_arguments(factory: Callable[..., Any], name: str, arguments: dict[str, Any]) -> None:
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except TypeError as error:
+        given = ", ".join(f"{key}: {value!r}" for key, value in arguments.items()) or "none"
+        raise RewardError(
+            f"The reward {name!r} cannot be made with the arguments given ({given}): {error}. "
+            f"Its signature: {_signature(factory)}. Write `- {{name: {name}, argument: value}}`."
+        ) from error
+
+
+def _signature(function: Callable[..., Any]) -> str:
+    return f"{getattr(function, '__name__', type(function).__name__)}{inspect.signature(function)}"
+
+
+def _must_be() -> str:
+    return f"a reward must be {REWARDS.must_be}"

@@ -1,0 +1,125 @@
+"""Options of reward-weighted regression, and the inherited ones that it refuses."""
+
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, Literal
+
+from trl_ext.errors import ConfigError
+from trl_ext.trl_adapter import PolicyConfig
+
+
+@dataclass
+class RWRConfig(PolicyConfig):
+    """`trl.GRPOConfig` for reward-weighted regression: what it adds, and what it means otherwise.
+
+    Args:
+        beta: KL coefficient β of the Gibbs policy π* ∝ π_ref·exp(r/β), in reward units (Equation
+            E1). Weights are softmax(r/β) within each prompt's group. 0 is best of n, inf is
+            supervised fine-tuning on all samples. It does not load a reference model.
+        reference: what π_ref is. "moving": the policy that sampled the batch, so that every rollout
+            tilts the policy once more by exp(r/β). "fixed": the policy before training, so that
+            training converges to π* itself: the weights become softmax(r/β + log π_ref/π),
+            importance weights of π* against the sampler.
+        drop_uniform_groups: give no weight to a group whose rewards are all equal: it says nothing
+            about the reward, and its gradient is noise. Off is regression as derived: such a group
+            counts like any other.
+        token_reduction: "sum" regresses on log π(y|x), as derived; "mean" on its mean per token.
+        reward_samples: score each completion this many times and use the mean, for a stochastic
+            reward. From 2 on the metric `rwr/optimism` says by how much a single sample would
+            inflate the tilt (Equation E11).
+        log_kl: load the reference and log the KL of the policy to it, nats per completion.
+    """
+
+    beta: float = field(
+        default=0.25,
+        metadata={
+            "help": "KL coefficient of the Gibbs policy, in reward units: weights softmax(r/beta)."
+        },
+    )
+    reference: Literal["moving", "fixed"] = field(
+        default="moving",
+        metadata={
+            "help": "Tilt the policy that sampled (moving), or the one before training (fixed)."
+        },
+    )
+    drop_uniform_groups: bool = field(
+        default=True,
+        metadata={"help": "Give no weight to groups whose rewards are all equal."},
+    )
+    token_reduction: Literal["sum", "mean"] = field(
+        default="sum",
+        metadata={
+            "help": "Regress on the completion's log-probability (sum) or its token mean (mean)."
+        },
+    )
+    reward_samples: int = field(
+        default=1,
+        metadata={"help": "Score each completion this many times and use the mean."},
+    )
+    log_kl: bool = field(
+        default=False,
+        metadata={
+            "help": "Load the reference and log the KL of the policy to it, nats per completion."
+        },
+    )
+    vllm_importance_sampling_correction: bool = field(
+        default=False,
+        metadata={"help": "Not used: reward-weighted regression has no importance ratio."},
+    )
+
+    # Inherited options without a meaning here: name -> reason. A literal, so that it can be read
+    # without import.
+    refused: ClassVar[dict[str, str]] = {
+        "delta": "there is no importance ratio to clip",
+        "epsilon": "there is no importance ratio to clip",
+        "epsilon_high": "there is no importance ratio to clip",
+        "importance_sampling_level": "there is no importance ratio",
+        "loss_type": "the loss is -sum w_n log pi(y_n|x); token_reduction says how tokens add up",
+        "multi_objective_aggregation": "softmax(r/beta) takes the sum of rewards by reward_weights",
+        "off_policy_mask_threshold": "there is no importance ratio to threshold",
+        "sapo_temperature_neg": "there is no SAPO loss",
+        "sapo_temperature_pos": "there is no SAPO loss",
+        "scale_rewards": "softmax(r/beta) ignores shifts, and the scale is what beta sets",
+        "sync_ref_model": "reference: moving already follows the policy",
+        "top_entropy_quantile": "a completion's weight belongs to all of its tokens",
+        "use_bias_correction_kl": "there is no KL term in the loss: beta is in the weights",
+        "vespo_k_neg": "there is no VESPO loss",
+        "vespo_k_pos": "there is no VESPO loss",
+        "vespo_lambda_neg": "there is no VESPO loss",
+        "vespo_lambda_pos": "there is no VESPO loss",
+        "vllm_importance_sampling_correction": "there is no importance ratio",
+    }
+
+    def __post_init__(self):
+        super().__post_init__()
+        findings = self._refused_options() + self._bad_values()
+        if findings:
+            raise ConfigError("\n".join(["RWRConfig:", *findings]))
+
+    def _refused_options(self) -> list[str]:
+        defaults = {option.name: option.default for option in fields(self)}
+        return [
+            f"  {name}={getattr(self, name)!r} does nothing in reward-weighted regression: "
+            f"{reason}. Remove it."
+            for name, reason in self.refused.items()
+            if getattr(self, name) != defaults[name]
+        ]
+
+    def _bad_values(self) -> list[str]:
+        findings = []
+        if not self.beta >= 0:
+            findings.append(
+                f"  beta={self.beta!r} must be between 0 (best of n) and inf (uniform weights)."
+            )
+        if self.reference == "fixed" and self.beta == 0:
+            findings.append(
+                "  beta=0 with reference='fixed' has no Gibbs policy to converge to. Use beta > 0."
+            )
+        if self.reward_samples < 1:
+            findings.append(f"  reward_samples={self.reward_samples!r} must be at least 1.")
+        for name, allowed in (
+            ("reference", ("moving", "fixed")),
+            ("token_reduction", ("sum", "mean")),
+        ):
+            if getattr(self, name) not in allowed:
+                findings.append(f"  {name}={getattr(self, name)!r} must be one of {allowed}.")
+        return findings

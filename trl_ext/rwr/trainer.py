@@ -1,0 +1,109 @@
+"""Online reward-weighted regression on top of TRL's generation, reward and logging machinery."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from trl_ext.functional import (
+    effective_sample_size,
+    gibbs_weights,
+    k1,
+    k3,
+    log_mean_exp,
+    masked_sum,
+    optimism,
+    weight_entropy,
+    weighted_nll,
+)
+from trl_ext.rwr.config import RWRConfig
+from trl_ext.trl_adapter import MicroBatch, PolicyConfig, PolicyTrainer, Rollout
+
+
+class RWRTrainer(PolicyTrainer):
+    """Project the policy onto π* ∝ π_ref·exp(r/β) by weighted regression on its own samples.
+
+    Source: Peters and Schaal (2007), "Reinforcement learning by reward-weighted regression for
+    operational space control"; Equations E7-E11. For G completions y_n of a prompt x
+
+        loss(x) = −Σ_n w_n log π(y_n|x),        w = softmax(r(x, y_1..G)/β),
+
+    averaged over the prompts of the batch, dropped ones included. It differs from its parent: no
+    advantages that push down, no importance ratio, no clipping; weights are positive and sum to 1
+    for each prompt. A completion that no reward function scores has weight 0. With `num_iterations`
+    > 1 the regression on one rollout goes on, towards the projection itself.
+
+    Takes the arguments of `trl.GRPOTrainer`, with an `RWRConfig`.
+    """
+
+    config_class: ClassVar[type[PolicyConfig]] = RWRConfig
+    args: RWRConfig
+
+    _tag_names: ClassVar[list[str]] = ["trl_ext", "rwr"]
+    _name = "RWR"
+    _paper: ClassVar[dict[str, str]] = {}
+
+    def uses_reference(self, args: PolicyConfig) -> bool:
+        assert isinstance(args, RWRConfig)
+        return args.log_kl or args.reference == "fixed"
+
+    def score_completions(self, score_once: Callable[[], Tensor]) -> Tensor:
+        samples = torch.stack([score_once() for _ in range(self.args.reward_samples)])
+        if self.args.reward_samples > 1 and self.args.beta > 0:
+            summed = (samples * self.reward_weights.to(samples.device)).nansum(dim=-1)
+            self.log_metric("rwr/optimism", optimism(summed.T, self.args.beta).mean().item())
+        return samples.nanmean(dim=0)
+
+    def assign_credit(self, rollout: Rollout) -> Tensor:
+        scores, beta = rollout.rewards_PG, self.args.beta
+        if self.args.reference == "fixed":
+            # exp(r/β)·π_ref/π is π*/π up to Z(x): importance weights of the target against the
+            # sampler.
+            scores, beta = scores / beta - self._sampler_log_ratio(rollout), 1.0
+        # mask_truncated_completions empties masks: such a completion cannot carry weight.
+        keep = (
+            self.over_groups(rollout.batch["completion_mask"].any(dim=1), rollout) & ~scores.isnan()
+        )
+        weights = gibbs_weights(scores, beta, mask=keep)
+        uniform = _all_equal(scores, keep)
+        self._log_weights(scores, beta, weights, keep, uniform)
+        if self.args.drop_uniform_groups:
+            weights = weights.masked_fill(uniform.unsqueeze(1), 0.0)
+        return rollout.local(weights)
+
+    def policy_loss(self, micro_batch: MicroBatch) -> Tensor:
+        if self.args.log_kl and micro_batch.ref_per_token_logps is not None:
+            per_token = k3(micro_batch.per_token_logps.detach(), micro_batch.ref_per_token_logps)
+            per_completion = masked_sum(per_token, micro_batch.mask)
+            self.log_metric("rwr/kl", self.accelerator.gather(per_completion).mean().item())
+        nll = weighted_nll(
+            micro_batch.per_token_logps,
+            micro_batch.credit,
+            micro_batch.mask,
+            token_reduction=self.args.token_reduction,
+        )
+        # The weights of a prompt sum to 1 over its G rows: a mean over rows times G is the mean
+        # over prompts.
+        return nll.mean() * self.group_size
+
+    def _sampler_log_ratio(self, rollout: Rollout) -> Tensor:
+        """(P, G) log π/π_ref of each completion under the policy that sampled it, nats."""
+        per_token = k1(self.sampler_logps(rollout), rollout.batch["ref_per_token_logps"])
+        return self.over_groups(masked_sum(per_token, rollout.mask), rollout)
+
+    def _log_weights(
+        self, scores: Tensor, beta: float, weights: Tensor, keep: Tensor, uniform: Tensor
+    ) -> None:
+        self.log_metric("rwr/effective_sample_size", effective_sample_size(weights).mean().item())
+        self.log_metric("rwr/weight_entropy", weight_entropy(weights).mean().item())
+        self.log_metric("rwr/uniform_groups", uniform.float().mean().item())
+        if beta > 0:
+            self.log_metric("rwr/log_z", log_mean_exp(scores, beta, mask=keep).nanmean().item())
+
+
+def _all_equal(scores_PG: Tensor, keep_PG: Tensor) -> Tensor:
+    """(P,) bool: whether the kept scores of a group are all the same; true of one or none."""
+    highest = torch.where(keep_PG, scores_PG, -torch.inf).amax(dim=1)
+    lowest = torch.where(keep_PG, scores_PG, torch.inf).amin(dim=1)
+    return highest <= lowest

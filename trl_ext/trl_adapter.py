@@ -1,0 +1,403 @@
+"""The seam to TRL: the only file that names TRL's and transformers' underscore methods.
+
+`PolicyTrainer` post-processes what `trl.GRPOTrainer` computes and copies none of it. Algorithms
+override three hooks: what a completion is worth (`score_completions`), what credit it gets
+(`assign_credit`) and what the loss of a micro-batch is (`policy_loss`). With the hooks left alone
+it is `trl.GRPOTrainer`, number for number.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from trl import GRPOConfig as TRLGRPOConfig
+from trl import GRPOTrainer as TRLGRPOTrainer
+
+from trl_ext.errors import ConfigError
+from trl_ext.rewards.guard import guarded
+from trl_ext.tasks.columns import check_prompt_only
+
+# What TRL's rollouts carry for models that read images, and its log-probability method takes.
+_MULTIMODAL_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+
+@dataclass
+class PolicyConfig(TRLGRPOConfig):
+    """What every policy trainer here adds to `trl.GRPOConfig`.
+
+    Args:
+        stop_strings: a completion ends with the first token whose text contains one of these, such
+            as "\\n". Such tokens join the model's end-of-sequence tokens for generation, masks and
+            metrics.
+        reward_timeout: seconds after which one call of a reward function on a batch is an error
+            that names it. None waits for ever.
+    """
+
+    stop_strings: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "A completion ends with the first token whose text contains one of these."
+        },
+    )
+    reward_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds after which one call of a reward is an error. None waits for ever."
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The completions of one generation batch, whole groups, before TRL shuffles and splits them.
+
+    P prompts and G completions each, over all processes; B rows and T completion tokens on this
+    one.
+
+    Attributes:
+        rewards_PG: (P, G) weighted sum of the reward functions; NaN where every one of them
+            returned None.
+        batch: this process's tensors as TRL made them: `completion_ids`, `completion_mask` (B, T),
+            `advantages` (B,), and `old_per_token_logps`, `ref_per_token_logps` (B, T) where TRL
+            computed them.
+        local_rows: where this process's B rows lie among the P·G of all processes.
+    """
+
+    rewards_PG: Tensor
+    batch: dict[str, Any]
+    local_rows: slice
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, T), 1 = a token that the policy generated: neither padding nor a tool's answer."""
+        return _generated(self.batch)
+
+    def local(self, values_PG: Tensor) -> Tensor:
+        """(P, G) over all processes -> (B,) of this one."""
+        return values_PG.reshape(-1)[self.local_rows]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a loss is computed from: B rows of a rollout, T completion tokens.
+
+    Attributes:
+        per_token_logps: (B, T) log π of the sampled tokens, nats, with gradient.
+        mask: (B, T), 1 = a token that the policy generated.
+        credit: (B,) or (B, T), what `assign_credit` returned.
+        ref_per_token_logps: (B, T) under the reference, nats; None if no reference is loaded.
+    """
+
+    per_token_logps: Tensor
+    mask: Tensor
+    credit: Tensor
+    ref_per_token_logps: Tensor | None
+
+
+class PolicyTrainer(TRLGRPOTrainer):
+    """`trl.GRPOTrainer` with hooks for score, credit and loss; base of the policy trainers here.
+
+    Takes the arguments of `trl.GRPOTrainer`. With the hooks as they are here it gives the same
+    losses, gradients and parameters (`tests/parity`). It also ends a completion at `stop_strings`,
+    names the reward function and the sample when a reward fails, checks the dataset before it loads
+    a model, restores a half-used rollout on resume, and keeps the gradients of NF4 models on CPUs.
+    """
+
+    config_class: ClassVar[type[PolicyConfig]] = PolicyConfig
+    # Their own annotations are wider than what a policy trainer can hold.
+    args: PolicyConfig
+    model: Any
+    accelerator: Any
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: Any = None,
+        args: PolicyConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *positional: Any,
+        **trl_arguments: Any,
+    ):
+        args = self._own_config(model, args)
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if dataset is not None and not trl_arguments.get("environment_factory"):
+                check_prompt_only(dataset, name)
+        with self._reference_only_if_used(args):
+            super().__init__(
+                model,
+                _guard_all(reward_funcs, args.reward_timeout),
+                args,
+                train_dataset,
+                eval_dataset,
+                *positional,
+                **trl_arguments,
+            )
+        self._rewards_per_func: Tensor | None = None
+        self._evaluation_rewards: list[Tensor] = []
+        self._policy_logps: Tensor | None = None
+        self._stop_at(args.stop_strings or [])
+        _keep_nf4_gradients_on_cpu(self.model)
+
+    def uses_reference(self, args: PolicyConfig) -> bool:
+        """Whether the reference model is loaded and scores every rollout. TRL: if β is not 0."""
+        return args.beta != 0.0
+
+    def score_completions(self, score_once: Callable[[], Tensor]) -> Tensor:
+        """Rewards (P·G, number of reward functions) over all processes, NaN for not applicable."""
+        return score_once()
+
+    def assign_credit(self, rollout: Rollout) -> Tensor:
+        """Credit (B,) or (B, T) of local completions. TRL: group-normalised advantages (E48)."""
+        return rollout.batch["advantages"]
+
+    def policy_loss(self, micro_batch: MicroBatch) -> Tensor:
+        """Scalar loss of a micro-batch, a mean over its rows, instead of TRL's surrogate and KL.
+
+        Accumulation and processes are averaged over by the caller; TRL's entropy bonus and router
+        loss stay.
+        """
+        raise AssertionError(
+            "PolicyTrainer leaves the loss to TRL unless a subclass overrides policy_loss."
+        )
+
+    @property
+    def group_size(self) -> int:
+        """G, completions of a prompt: `num_generations`, in evaluation `num_generations_eval`."""
+        group = self.num_generations if self.model.training else self.num_generations_eval
+        assert group is not None
+        return group
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Record a number, the same on all processes; a log line has the mean since the last."""
+        self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    def over_groups(self, values_B: Tensor, rollout: Rollout) -> Tensor:
+        """(B,) of this process -> (P, G) over all processes."""
+        return self.accelerator.gather(values_B).view_as(rollout.rewards_PG)
+
+    def evaluation_rewards(self) -> list[list[float | None]]:
+        """Of the last evaluation: the rewards of each prompt's completions, in a fixed order.
+
+        None marks a completion that no reward function scored.
+        """
+        prompts = torch.cat(self._evaluation_rewards).tolist()
+        return [[None if math.isnan(reward) else reward for reward in group] for group in prompts]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `transformers.Trainer.evaluate`; keeps every reward for `evaluation_rewards`."""
+        self._evaluation_rewards = []
+        return super().evaluate(*args, **kwargs)
+
+    def sampler_logps(self, rollout: Rollout) -> Tensor:
+        """(B, T) per-token log-probabilities, nats, under the policy that generated the rollout."""
+        batch = rollout.batch
+        if "old_per_token_logps" in batch:
+            return batch["old_per_token_logps"]
+        with torch.no_grad():
+            logps, _, _ = self._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                batch["completion_ids"].size(1),
+                batch_size=self.args.per_device_train_batch_size,
+                **{name: batch[name] for name in _MULTIMODAL_INPUTS if name in batch},
+            )
+        return logps
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        def score_once() -> Tensor:
+            # One row a completion in the completions table, however often a completion is scored.
+            self._pending_extra_logs.clear()
+            return super(PolicyTrainer, self)._calculate_rewards(
+                inputs, prompts, completions, completion_ids_list
+            )
+
+        self._rewards_per_func = self.score_completions(score_once)
+        return self._rewards_per_func
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        first = self.accelerator.process_index * len(inputs)
+        local_rows = slice(first, first + len(inputs))
+        rollout = Rollout(self._summed_rewards().view(-1, self.group_size), batch, local_rows)
+        batch["advantages"] = self.assign_credit(rollout)
+        if not self.model.training:
+            self._evaluation_rewards.append(rollout.rewards_PG)
+        if self._replaces_loss:
+            # A loss of our own that wants the old log-probabilities has folded them into its
+            # credit.
+            batch.pop("old_per_token_logps", None)
+        return batch
+
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        self._policy_logps = result[0]
+        return result
+
+    def _compute_loss(self, model, inputs):
+        if not self._replaces_loss:
+            return super()._compute_loss(model, inputs)
+        # Without credit and KL, TRL's loss is what it adds to the policy term: entropy bonus,
+        # router loss.
+        with self._without_trl_kl():
+            rest = super()._compute_loss(
+                model, inputs | {"advantages": torch.zeros_like(inputs["advantages"])}
+            )
+        logps, self._policy_logps = self._policy_logps, None
+        assert logps is not None
+        loss = self.policy_loss(
+            MicroBatch(
+                logps, _generated(inputs), inputs["advantages"], inputs.get("ref_per_token_logps")
+            )
+        )
+        self._drop_surrogate_metrics()
+        accumulated = self.current_gradient_accumulation_steps if self.model.training else 1
+        return rest + loss / accumulated
+
+    def _save_rng_state(self, output_dir):
+        # A checkpoint may fall between two uses of one rollout; TRL would generate anew on resume.
+        super()._save_rng_state(output_dir)
+        rollout = {"step": self._step, "buffered_inputs": self._unused_rollout()}
+        torch.save(rollout, self._rollout_file(output_dir))
+
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and os.path.isfile(self._rollout_file(checkpoint)):
+            rollout = torch.load(
+                self._rollout_file(checkpoint), map_location=self.args.device, weights_only=True
+            )
+            self._step, self._buffered_inputs = rollout["step"], rollout["buffered_inputs"]
+
+    @property
+    def _replaces_loss(self) -> bool:
+        return type(self).policy_loss is not PolicyTrainer.policy_loss
+
+    def _own_config(self, model: Any, args: PolicyConfig | None) -> PolicyConfig:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            return self.config_class(
+                f"{os.path.basename(name)}-{type(self).__name__.removesuffix('Trainer')}"
+            )
+        if not isinstance(args, self.config_class):
+            raise ConfigError(
+                f"{type(self).__name__} takes args of type {self.config_class.__name__}, got "
+                f"{type(args).__name__}. Build it as trl_ext.{self.config_class.__name__}(...): it "
+                "has the same fields and adds its own."
+            )
+        return args
+
+    @contextmanager
+    def _reference_only_if_used(self, args: PolicyConfig):
+        """TRL loads a reference and scores with it if β is not 0: it sees that, and no other β."""
+        beta = args.beta
+        if self._replaces_loss:
+            args.beta = float(self.uses_reference(args))
+        try:
+            yield
+        finally:
+            args.beta = beta
+
+    @contextmanager
+    def _without_trl_kl(self):
+        beta, self.beta = self.beta, 0.0
+        try:
+            yield
+        finally:
+            self.beta = beta
+
+    def _summed_rewards(self) -> Tensor:
+        assert self._rewards_per_func is not None
+        rewards = (
+            self._rewards_per_func * self.reward_weights.to(self._rewards_per_func.device)
+        ).nansum(dim=1)
+        return rewards.masked_fill(self._rewards_per_func.isnan().all(dim=1), torch.nan)
+
+    def _drop_surrogate_metrics(self) -> None:
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name in [name for name in metrics if name.startswith("clip_ratio/")]:
+            del metrics[name]
+
+    def _stop_at(self, strings: list[str]) -> None:
+        if not strings:
+            return
+        vocabulary = self._tokenizer.batch_decode(
+            [[token] for token in range(len(self._tokenizer))]
+        )
+        stops = [
+            token
+            for token, text in enumerate(vocabulary)
+            if any(string in text for string in strings)
+        ]
+        if not stops:
+            raise ConfigError(
+                f"stop_strings={strings!r}: no token of {self._tokenizer.name_or_path!r} "
+                "contains any of them, so no completion could end there. Give strings of one "
+                "token, such as a newline or a full stop."
+            )
+        self.eos_token_ids = [
+            *self.eos_token_ids,
+            *(t for t in stops if t not in self.eos_token_ids),
+        ]
+        if self.use_vllm:
+            raise ConfigError(
+                "stop_strings does not reach vLLM. Use generation_kwargs={'stop': [...]} there."
+            )
+        self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+        self.generation_config.eos_token_id = self.eos_token_ids
+
+    def _unused_rollout(self) -> list[dict[str, Any]] | None:
+        """The buffered micro-batches if a later step still trains on them."""
+        assert self.args.steps_per_generation is not None
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        return self._buffered_inputs if self._step % generate_every else None
+
+    def _rollout_file(self, checkpoint: str) -> str:
+        return os.path.join(checkpoint, f"rollout_{self.accelerator.process_index}.pt")
+
+
+def _generated(batch: dict[str, Any]) -> Tensor:
+    return batch["completion_mask"] * batch.get("tool_mask", 1)
+
+
+def _guard_all(reward_funcs: Any, timeout: float | None) -> Any:
+    if reward_funcs is None:
+        return None
+    several = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    return [guarded(reward_func, _name_of(reward_func), timeout) for reward_func in several]
+
+
+def _name_of(reward_func: Any) -> str:
+    # A partial has no name of its own.
+    named = getattr(reward_func, "func", reward_func)
+    return getattr(reward_func, "__name__", None) or getattr(
+        named, "__name__", type(named).__name__
+    )
+
+
+def _keep_nf4_gradients_on_cpu(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for AVX512-BF16 CPUs.
+
+    It does so in the first evaluation-mode forward pass, and the kernel that it then uses has no
+    gradient with respect to its input: adapters below would silently not train.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
