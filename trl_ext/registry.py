@@ -111,6 +111,7 @@ REWARDS = Registry(
     "trl_ext.rewards",
     {
         "reasoning_gym": "trl_ext.rewards.reasoning_gym:reasoning_gym",
+        "exact_match": "trl_ext.rewards.exact_match:exact_match",
         "accuracy_reward": "trl.rewards:accuracy_reward",
         "reasoning_accuracy_reward": "trl.rewards:reasoning_accuracy_reward",
         "think_format_reward": "trl.rewards:think_format_reward",

@@ -206,6 +206,16 @@ class PolicyTrainer(TRLGRPOTrainer):
         self._evaluation_rewards = []
         return super().evaluate(*args, **kwargs)
 
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As TRL, but a loss of our own is not evaluated: on fresh samples it measures nothing.
+
+        A forward pass over the evaluation set is saved; rewards are measured as ever.
+        """
+        if not self._replaces_loss:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self._prepare_inputs(inputs)
+        return None, None, None
+
     def sampler_logps(self, rollout: Rollout) -> Tensor:
         """(B, T) per-token log-probabilities, nats, under the policy that generated the rollout."""
         batch = rollout.batch

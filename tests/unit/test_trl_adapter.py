@@ -1,0 +1,173 @@
+"""What `PolicyTrainer` adds to TRL: stops, checks, NF4 gradients, resume, evaluation rewards."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from trl import GRPOConfig
+
+from tests.tiny import QUIET, VOCABULARY, count_a, prompts, save_tiny_llama
+from trl_ext.errors import ConfigError, DataError, RewardError
+from trl_ext.oracle import tabular_tokenizer
+from trl_ext.rwr import RWRConfig, RWRTrainer
+from trl_ext.trl_adapter import PolicyConfig, PolicyTrainer
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> str:
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+def make(model_path, tmp_path, *, trainer=PolicyTrainer, parts=None, **options):
+    settings = QUIET | {"per_device_train_batch_size": 8, "num_generations": 4, "max_steps": 2}
+    args = trainer.config_class(str(tmp_path / "out"), **(settings | options))
+    parts = {"reward_funcs": count_a, "train_dataset": prompts()} | (parts or {})
+    return trainer(model=model_path, args=args, **parts)
+
+
+def test_a_completion_ends_with_the_first_token_that_contains_a_stop_string(model_path, tmp_path):
+    seen = []
+
+    def reward(completions, **kwargs):
+        seen.extend(completions)
+        return count_a(completions)
+
+    make(model_path, tmp_path, stop_strings=["b"], parts={"reward_funcs": reward}).train()
+    assert any("b" in text for text in seen)
+    assert all("b" not in text[:-1] for text in seen)
+
+
+def test_a_stop_string_that_no_token_contains_is_refused(model_path, tmp_path):
+    with pytest.raises(ConfigError, match="no token of .* contains"):
+        make(model_path, tmp_path, stop_strings=["\n"])
+
+
+def test_the_args_of_trl_are_refused_by_name(model_path, tmp_path):
+    with pytest.raises(ConfigError, match=r"RWRTrainer takes .* RWRConfig, got GRPOConfig"):
+        RWRTrainer(model_path, count_a, GRPOConfig(str(tmp_path), **QUIET), prompts())
+
+
+def test_a_dataset_without_prompts_is_refused_before_a_model_is_loaded(tmp_path):
+    dataset = Dataset.from_dict({"promt": ["a"]})
+    with pytest.raises(DataError, match="promt"):
+        make("no/such/model", tmp_path, parts={"train_dataset": dataset})
+
+
+def test_a_reward_that_fails_is_named_with_its_sample(model_path, tmp_path):
+    def picky(completions, **kwargs):
+        return [float("nan") if "c" in text else 0.0 for text in completions]
+
+    with pytest.raises(RewardError, match=r"(?s)picky.*nan"):
+        make(model_path, tmp_path, parts={"reward_funcs": picky}).train()
+
+
+def test_evaluation_rewards_are_kept_by_prompt(model_path, tmp_path):
+    trainer = make(
+        model_path,
+        tmp_path,
+        num_generations_eval=2,
+        per_device_eval_batch_size=4,
+        eval_strategy="steps",
+        parts={"eval_dataset": prompts(6)},
+    )
+    metrics = trainer.evaluate()
+    rewards = trainer.evaluation_rewards()
+    assert [len(group) for group in rewards] == [2] * 6
+    flat = [reward for group in rewards for reward in group if reward is not None]
+    assert metrics["eval_reward"] == pytest.approx(sum(flat) / 12)
+    trainer.evaluate()
+    assert len(trainer.evaluation_rewards()) == 6, "an evaluation starts anew"
+
+
+def test_credit_may_be_per_token(model_path, tmp_path):
+    class TokenCredit(PolicyTrainer):
+        def assign_credit(self, rollout):
+            return super().assign_credit(rollout)[:, None] * rollout.mask
+
+    runs = [
+        make(model_path, tmp_path / t.__name__, trainer=t) for t in (PolicyTrainer, TokenCredit)
+    ]
+    for run in runs:
+        run.train()
+    for ours, theirs in zip(*(run.model.parameters() for run in runs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("trainer", [PolicyTrainer, RWRTrainer])
+@pytest.mark.parametrize("options", [{"num_iterations": 3}, {"steps_per_generation": 2}, {}])
+def test_a_checkpoint_between_two_uses_of_a_rollout_resumes_to_the_same_parameters(
+    model_path, tmp_path, trainer, options
+):
+    options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "seed": 3} | options
+    whole = make(model_path, tmp_path / "whole", trainer=trainer, **options)
+    whole.train()
+    for step in (1, 2, 4):
+        resumed = make(model_path, tmp_path / "resumed", trainer=trainer, **options)
+        resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-{step}")
+        for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+            assert torch.equal(ours, theirs), f"resumed at step {step}"
+
+
+def test_nf4_adapters_train_after_an_evaluation_pass(tmp_path):
+    """All LoRA gradients of a 4-bit model, against the same model with dequantised weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tabular_tokenizer(VOCABULARY).save_pretrained(tmp_path / "model")
+    lora = LoraConfig(
+        r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    trainer = make(
+        str(tmp_path / "model"),
+        tmp_path,
+        trainer=RWRTrainer,
+        parts={"quantization_config": nf4, "peft_config": lora},
+        gradient_checkpointing=False,
+    )
+    model = trainer.model.eval()
+    ids = torch.randint(1, VOCABULARY, (4, 12))
+    with torch.no_grad():
+        model(input_ids=ids)
+    model.train()
+    quantised = lora_gradients(model, ids)
+    reference = lora_gradients(model.dequantize().float(), ids)
+    assert len(quantised) == len(reference) == 2 * 2 * 7
+    ours, exact = (torch.cat([g.flatten().float() for g in gs]) for gs in (quantised, reference))
+    assert torch.nn.functional.cosine_similarity(ours, exact, dim=0) > 0.99
+
+
+def lora_gradients(model, ids) -> list[torch.Tensor]:
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    lora = [p for name, p in model.named_parameters() if "lora_" in name]
+    assert all(p.grad is not None for p in lora)
+    return [p.grad.clone() for p in lora]
+
+
+def test_policy_config_keeps_the_defaults_of_trl(tmp_path):
+    ours, theirs = (
+        PolicyConfig(str(tmp_path), use_cpu=True),
+        GRPOConfig(str(tmp_path), use_cpu=True),
+    )
+    changed = {name for name in vars(theirs) if getattr(ours, name) != getattr(theirs, name)}
+    assert changed <= {"distributed_state"}
+
+
+def test_rwr_config_refuses_what_it_would_ignore(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        RWRConfig(str(tmp_path), use_cpu=True, epsilon=0.1, loss_type="grpo", beta=-1.0)
+    text = str(caught.value)
+    assert "epsilon=0.1" in text and "loss_type='grpo'" in text and "beta=-1.0" in text
+    assert "num_generations" not in text
