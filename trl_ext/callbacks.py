@@ -6,7 +6,8 @@ import sys
 from types import FrameType
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
+import torch
+from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from trl_ext.record import EVALUATIONS, METRICS, RunRecord
 from trl_ext.trl_adapter import PolicyTrainer
@@ -15,9 +16,9 @@ from trl_ext.trl_adapter import PolicyTrainer
 class RecordMetrics(TrainerCallback):
     """A line of metrics a log step, and the reward of every held-out completion an evaluation."""
 
-    def __init__(self, record: RunRecord):
+    def __init__(self, record: RunRecord, trainer: Trainer):
         self.record = record
-        self.trainer: Trainer | None = None
+        self.trainer = trainer
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         numbers = {name: _number(value) for name, value in (logs or {}).items()}
@@ -27,6 +28,19 @@ class RecordMetrics(TrainerCallback):
         if isinstance(self.trainer, PolicyTrainer):
             rewards = self.trainer.evaluation_rewards()
             self.record.append(EVALUATIONS, {"step": state.global_step, "rewards": rewards})
+
+
+class ShortProgress(ProgressCallback):
+    """The bar of transformers, with one short line a log step; `metrics.jsonl` has every number."""
+
+    shown = ("loss", "eval_loss", "reward", "eval_reward", "rwr/kl", "entropy", "step_time")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None:
+            named = {name: value for name, value in (logs or {}).items() if name in self.shown}
+            numbers = [f"{name} {value:.4g}" for name, value in named.items() if value is not None]
+            if numbers:
+                self.training_bar.write(f"step {state.global_step}: " + ", ".join(numbers))
 
 
 class StopOnInterrupt(TrainerCallback):
@@ -44,6 +58,11 @@ class StopOnInterrupt(TrainerCallback):
         self._previous = signal.signal(signal.SIGINT, self._ask_to_stop)
 
     def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            # One process may hear of it a step before another; all must stop after the same.
+            heard = torch.tensor(float(self.interrupted), device=args.device)
+            torch.distributed.all_reduce(heard)
+            self.interrupted = heard.item() > 0
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True

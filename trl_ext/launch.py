@@ -5,16 +5,17 @@ import inspect
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import ProgressCallback, Trainer
 from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config
 from trl import get_quantization_config as quantization_config_of
 
 from trl_ext.bundled import resolve_model
-from trl_ext.callbacks import RecordMetrics, StopOnInterrupt
+from trl_ext.callbacks import RecordMetrics, ShortProgress, StopOnInterrupt
 from trl_ext.errors import ConfigError, RunError, TrlExtError
 from trl_ext.recipe import Recipe
 from trl_ext.record import (
@@ -45,6 +46,7 @@ def train(recipe: Recipe, *, resume: bool | str = False, overwrite: bool = False
         TrlExtError: if the recipe's parts do not fit together, a reward fails, or a checkpoint
             cannot be written; the message says what is left to resume from.
     """
+    _silence_what_no_user_can_mend()
     output_dir = Path(recipe.values["output_dir"])
     record = RunRecord(output_dir, writes=is_first_process())
     record.claim(resume=bool(resume), overwrite=overwrite)
@@ -63,7 +65,7 @@ def build_trainer(recipe: Recipe, *, resumed: bool = False) -> Trainer:
     if resumed:
         config.eval_on_start = False  # "before training" was measured when the run began
     parts = _reward_parts(recipe, trainer_class)
-    train_dataset, eval_dataset = _datasets(recipe)
+    train_dataset, eval_dataset = _datasets(recipe, config)
     model_config = ModelConfig(**recipe.groups["model"])
     quantization_config = quantization_config_of(model_config)
     config.model_init_kwargs = _model_init_kwargs(model_config, config)
@@ -71,11 +73,20 @@ def build_trainer(recipe: Recipe, *, resumed: bool = False) -> Trainer:
         model=resolve_model(recipe.values["model_name_or_path"]),
         args=config,
         train_dataset=train_dataset,
-        eval_dataset=eval_dataset if _evaluates(config) else None,
+        eval_dataset=eval_dataset,
         quantization_config=quantization_config,
         peft_config=get_peft_config(model_config),
         **parts,
     )
+
+
+def _silence_what_no_user_can_mend() -> None:
+    """TRL's own use of names that transformers renames, and of pinned memory without a device."""
+    for message in (
+        ".*gradient_checkpointing.* is deprecated",
+        ".*'pin_memory' argument is set as true but no accelerator is found",
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _config(recipe: Recipe, trainer_class: type[Trainer]) -> Any:
@@ -119,17 +130,24 @@ def _reward_parts(recipe: Recipe, trainer_class: type[Trainer]) -> dict[str, Any
     return {"reward_funcs": reward_funcs} if takes_rewards else {}
 
 
-def _datasets(recipe: Recipe) -> tuple[Any, Any]:
+def _datasets(recipe: Recipe, config: Any) -> tuple[Any, Any]:
+    """The training split, and the evaluation split if the recipe evaluates."""
     script = recipe.groups["script"]
     if script.get("dataset_name"):
-        return load_splits(script)
-    mixture = get_dataset(DatasetMixtureConfig(**recipe.groups["mixture"]))
-    train_split = script.get("dataset_train_split", "train")
-    return mixture[train_split], mixture.get(script.get("dataset_test_split", "test"))
-
-
-def _evaluates(config: Any) -> bool:
-    return config.eval_on_start or str(config.eval_strategy) not in ("no", "IntervalStrategy.NO")
+        train_dataset, eval_dataset = load_splits(script)
+    else:
+        mixture = get_dataset(DatasetMixtureConfig(**recipe.groups["mixture"]))
+        train_dataset = mixture[script.get("dataset_train_split", "train")]
+        eval_dataset = mixture.get(script.get("dataset_test_split", "test"))
+    if not (config.eval_on_start or config.eval_strategy != "no"):
+        return train_dataset, None
+    if eval_dataset is None:
+        raise ConfigError(
+            "The recipe evaluates (eval_on_start or eval_strategy), but its dataset has no test "
+            "split. Set dataset_kwargs.eval_size for a generated dataset, dataset_test_split for "
+            "another, or turn evaluation off."
+        )
+    return train_dataset, eval_dataset
 
 
 def _model_init_kwargs(model_config: ModelConfig, config: Any) -> dict[str, Any]:
@@ -144,10 +162,12 @@ def _model_init_kwargs(model_config: ModelConfig, config: Any) -> dict[str, Any]
 def _train_recorded(
     trainer: Trainer, recipe: Recipe, record: RunRecord, checkpoint: Path | None
 ) -> None:
-    metrics, interrupt = RecordMetrics(record), StopOnInterrupt()
-    metrics.trainer = trainer
-    trainer.add_callback(metrics)
+    interrupt = StopOnInterrupt()
+    trainer.add_callback(RecordMetrics(record, trainer))
     trainer.add_callback(interrupt)
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ShortProgress())
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if interrupt.interrupted:
@@ -201,7 +221,8 @@ def _finish(trainer: Trainer, record: RunRecord) -> None:
     trainer.end()
     if record.writes:
         gain = held_out_gain(record)
-        print(("\n" + before_after_table(gain) + "\n") if gain else "")
+        if gain:
+            print(f"\n{before_after_table(gain)}\n")
         print(_how_to_use(record.output_dir))
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import save_byte_llama
+
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "tests" / "plugin_package"
 
@@ -97,3 +99,21 @@ def test_this_repository_knows_nothing_of_it():
 def test_building_it_left_nothing_here():
     files = {p.name for p in SOURCE.iterdir()} - {"__pycache__"}
     assert files == {"pyproject.toml", "trl_ext_echo"}
+
+
+@pytest.mark.slow
+def test_it_trains(python, tmp_path):
+    settings = {
+        "model_name_or_path": save_byte_llama(tmp_path / "model"),
+        "dataset_name": "char_reverse",
+        "output_dir": tmp_path / "out",
+        "max_completion_length": 4,
+        "max_steps": 2,
+        "report_to": "none",
+    }
+    recipe = tmp_path / "echo.yaml"
+    recipe.write_text(RECIPE.format(gain="gain"))
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    run = python("-m", "trl_ext", "train", str(recipe), *overrides)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "short_answers" in (tmp_path / "out" / "metrics.jsonl").read_text()

@@ -39,7 +39,7 @@ def test_a_completion_ends_with_the_first_token_that_contains_a_stop_string(mode
 
 
 def test_a_stop_string_that_no_token_contains_is_refused(model_path, tmp_path):
-    with pytest.raises(ConfigError, match="no token of .* contains"):
+    with pytest.raises(ConfigError, match=r"no token of .* contains"):
         make(model_path, tmp_path, stop_strings=["\n"])
 
 

@@ -1,0 +1,177 @@
+"""Seconds a step and peak memory: RWR here against `trl.GRPOTrainer`, in one process, in turn.
+
+Both train the same model on the same prompts from the same seed. Each repetition
+runs one after the other, A B A B …, so that a machine whose speed drifts slows both; the ratio is
+taken pair by pair.
+
+    python benchmarks/step_time.py [--repeats 5] [--steps 6] [--model bundled:smollm2-135m-instruct]
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from rich.console import Console
+from rich.table import Table
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_ext import RWRConfig, RWRTrainer
+from trl_ext.bundled import resolve_model
+from trl_ext.environment import environment
+from trl_ext.tasks import load_splits
+
+RESULTS = Path(__file__).parent / "results" / "step_time.json"
+CASES = {
+    "rwr": (RWRTrainer, RWRConfig, {}),
+    "rwr, fixed reference": (RWRTrainer, RWRConfig, {"reference": "fixed"}),
+    "trl grpo, beta 0": (GRPOTrainer, GRPOConfig, {"beta": 0.0}),
+    "trl grpo, beta 0.04": (GRPOTrainer, GRPOConfig, {"beta": 0.04}),
+}
+# What each is compared with: the same forward passes.
+BASELINE = {"rwr": "trl grpo, beta 0", "rwr, fixed reference": "trl grpo, beta 0.04"}
+
+
+class Clock(TrainerCallback):
+    """Seconds of each optimizer step, the first (warm-up) left out."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+        self.peak_bytes = 0
+        self._start = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step > 1:
+            self.seconds.append(time.perf_counter() - self._start)
+
+
+def _forget_peak() -> int:
+    """Give freed memory back and start the peak anew; bytes held now."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM
+    return _status("VmRSS")
+
+
+def _peak() -> int:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def _cheap_reward(completions: list[str], **kwargs: Any) -> list[float]:
+    """Differs within a group and costs nothing."""
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+
+
+def run(case: str, model: str, prompts: Dataset, steps: int, seed: int) -> Clock:
+    """Train `steps` steps and return the clock."""
+    trainer_class, config_class, options = CASES[case]
+    clock, held = Clock(), _forget_peak()
+    with tempfile.TemporaryDirectory() as folder:
+        args = config_class(
+            folder,
+            per_device_train_batch_size=32,
+            num_generations=8,
+            max_completion_length=8,
+            # Every completion is 8 tokens long: both sides do the same work.
+            generation_kwargs={"min_new_tokens": 8},
+            max_steps=steps,
+            seed=seed,
+            use_cpu=not torch.accelerator.is_available(),
+            gradient_checkpointing=False,
+            model_init_kwargs={"dtype": "bfloat16", "attn_implementation": "eager"},
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_strategy="no",
+            dataloader_pin_memory=False,
+            **options,
+        )
+        trainer = trainer_class(
+            model=model,
+            reward_funcs=_cheap_reward,
+            args=args,
+            train_dataset=prompts,
+            peft_config=LoraConfig(r=16, target_modules=["q_proj", "v_proj"]),
+            callbacks=[clock],
+        )
+        trainer.train()
+    clock.peak_bytes = _peak() - held
+    return clock
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--model", default="bundled:smollm2-135m-instruct")
+    options = parser.parse_args()
+    prompts, _ = load_splits(
+        {
+            "dataset_name": "reasoning_gym/basic_arithmetic",
+            "dataset_kwargs": {"size": 64, "num_examples": 2, "max_terms": 2, "max_digits": 1},
+        }
+    )
+    model = resolve_model(options.model)
+    measured: dict[str, list[Clock]] = {case: [] for case in CASES}
+    for repeat in range(options.repeats):
+        for case in CASES:
+            measured[case].append(run(case, model, prompts, options.steps, seed=repeat))
+    report(measured, vars(options))
+
+
+def report(measured: dict[str, list[Clock]], options: dict[str, Any]) -> None:
+    """Print the table and write the JSON."""
+    table = Table(title="Seconds a step, median over repeats")
+    for column in ("", "s/step", "min-max", "peak MB", "ratio to TRL", "min-max"):
+        table.add_column(column, justify="left" if not column else "right")
+    rows = {}
+    for case, clocks in measured.items():
+        seconds = [statistics.median(clock.seconds) for clock in clocks]
+        row: dict[str, Any] = {
+            "seconds": seconds,
+            "peak_mb": statistics.median(clock.peak_bytes for clock in clocks) / 2**20,
+        }
+        shown = ["", ""]
+        if case in BASELINE:
+            theirs = [statistics.median(c.seconds) for c in measured[BASELINE[case]]]
+            row["ratios"] = [a / b for a, b in zip(seconds, theirs, strict=True)]
+            shown = [f"{statistics.median(row['ratios']):.3f}", _span(row["ratios"], 3)]
+        rows[case] = row
+        memory = f"{row['peak_mb']:.0f}"
+        table.add_row(case, f"{statistics.median(seconds):.2f}", _span(seconds, 2), memory, *shown)
+    Console().print(table)
+    record = {"options": options, "environment": environment(), "rows": rows}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"Written to {RESULTS.relative_to(Path.cwd())}")
+
+
+def _span(values: list[float], digits: int) -> str:
+    return f"{min(values):.{digits}f}-{max(values):.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""`trl_ext train` as a user meets it: results, interruptions, and what goes wrong."""
+
+import json
+import re
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.slow
+
+
+def parameters(output_dir: Path, name: str = "model"):
+    return load_file(output_dir / f"{name}.safetensors")
+
+
+def same(ours, theirs) -> bool:
+    return ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in theirs)
+
+
+def wait_for(path: Path, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+def test_a_run_leaves_its_record_and_a_model_that_plain_transformers_loads(
+    run, write_recipe, tmp_path
+):
+    code, out, err = run("train", write_recipe(), "eval_on_start=true")
+    assert code == 0, err
+    assert "Held-out reward" in out and "95% interval" in out
+    assert "The model is in" in out
+    output_dir = tmp_path / "run"
+    assert yaml.safe_load((output_dir / "recipe.yaml").read_text())["trainer"] == "rwr"
+    assert json.loads((output_dir / "environment.json").read_text())["trl"]
+    steps = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps if "rwr/effective_sample_size" in row] == [*range(1, 7)]
+    assert (output_dir / "README.md").is_file(), "model card"
+    model = AutoModelForCausalLM.from_pretrained(output_dir)
+    tokenizer = AutoTokenizer.from_pretrained(output_dir)
+    ids = model.generate(**tokenizer("abc>", return_tensors="pt"), max_new_tokens=3)
+    assert ids.shape[1] > 4
+
+
+def test_the_saved_recipe_trains_to_the_same_model(run, write_recipe, tmp_path):
+    assert run("train", write_recipe())[0] == 0
+    again = run("train", tmp_path / "run" / "recipe.yaml", f"output_dir={tmp_path / 'again'}")
+    assert again[0] == 0, again[2]
+    assert same(parameters(tmp_path / "again"), parameters(tmp_path / "run"))
+
+
+def test_a_lora_adapter_loads_with_plain_peft(run, write_recipe, tmp_path):
+    code, out, err = run(
+        "train", write_recipe(), "use_peft=true", "lora_target_modules=[q_proj, v_proj]"
+    )
+    assert code == 0, err
+    assert "The LoRA adapter is in" in out
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert model.generate(**tokenizer("abc>", return_tensors="pt"), max_new_tokens=3).shape[1] > 4
+
+
+def test_killed_at_any_step_and_resumed_a_run_ends_with_the_same_parameters(
+    command, run, write_recipe, tmp_path
+):
+    whole = run("train", write_recipe("whole"))
+    assert whole[0] == 0, whole[2]
+    killed = write_recipe("killed")
+    for step in (1, 4):  # in the middle of a rollout that serves two steps, and at its end
+        process = command("train", killed, *(["--resume"] if step > 1 else []), REWARD_SECONDS="1")
+        wait_for(tmp_path / "killed" / f"checkpoint-{step}")
+        process.kill()
+        process.communicate()
+    code, _, err = run("train", killed, "--resume")
+    assert code == 0, err
+    assert same(parameters(tmp_path / "killed"), parameters(tmp_path / "whole"))
+    rows = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(row)["step"] for row in rows if "rwr/log_z" in row]
+    assert steps == [1, 2, 3, 4, 5, 6], "each step is recorded once"
+
+
+def test_a_half_written_checkpoint_is_passed_over(run, write_recipe, tmp_path):
+    recipe = write_recipe()
+    assert run("train", recipe, "max_steps=3")[0] == 0
+    state = tmp_path / "run" / "checkpoint-3" / "trainer_state.json"
+    state.write_text(state.read_text()[:40])
+    code, _, err = run("train", recipe, "max_steps=4", "--resume")
+    assert code == 0, err
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows if "rwr/log_z" in row] == [1, 2, 3, 4]
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_resume(
+    command, run, write_recipe, tmp_path
+):
+    whole = run("train", write_recipe("whole"))
+    assert whole[0] == 0, whole[2]
+    recipe = write_recipe("stopped")
+    process = command("train", recipe, "save_strategy=no", REWARD_SECONDS="1")
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
+    wait_for(metrics)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    step = int(re.search(r"Stopped at step (\d+)", err)[1])
+    assert 1 <= step < 6
+    assert (tmp_path / "stopped" / f"checkpoint-{step}" / "trainer_state.json").is_file()
+    resume = re.search(r"trl_ext (train \S+ --resume)", err)[1].split()
+    assert run(*resume)[0] == 0
+    assert same(parameters(tmp_path / "stopped"), parameters(tmp_path / "whole"))
+
+
+def test_an_output_dir_that_holds_a_run_is_refused(run, write_recipe, tmp_path):
+    recipe = write_recipe(max_steps=1)
+    assert run("train", recipe)[0] == 0
+    before = parameters(tmp_path / "run")
+    code, _, err = run("train", recipe)
+    assert code == 1
+    assert "holds another run" in err and "--resume" in err and "--overwrite" in err
+    assert same(parameters(tmp_path / "run"), before)
+    assert run("train", recipe, "--overwrite")[0] == 0
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("mine")
+    code, _, err = run("train", recipe, f"output_dir={tmp_path / 'precious'}", "--overwrite")
+    assert code == 1 and "no recipe.yaml" in err
+    assert (tmp_path / "precious" / "thesis.txt").is_file()
+
+
+def test_a_reward_that_raises_names_itself_the_sample_and_the_checkpoint(run, write_recipe):
+    code, _, err = run("train", write_recipe(reward="my_rewards:broken"))
+    assert code == 1
+    assert "broken" in err and "the answer of sample 3" in err
+    assert re.search(r"newest complete checkpoint is \S+checkpoint-\d+; go on from it with:", err)
+    assert "Traceback" not in err
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(command, write_recipe, tmp_path):
+    """No file may grow over 60 kB once the first checkpoint (adapter and optimizer) is there."""
+    recipe = write_recipe()
+    process = command("train", recipe, REWARD_SECONDS="2")
+    wait_for(tmp_path / "run" / "checkpoint-1" / "trainer_state.json")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (60_000, 60_000))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    assert re.search(r"Saving at step \d+ failed", err)
+    newest = Path(re.search(r"newest complete checkpoint is (\S+);", err)[1])
+    assert (newest / "trainer_state.json").is_file()
+    left = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert int(newest.name.split("-")[1]) == max(int(name.split("-")[1]) for name in left)
+
+
+def test_a_trainer_that_takes_no_reward_says_so(run, write_recipe):
+    code, _, err = run("train", write_recipe(), "trainer=sft")
+    assert code == 2
+    assert "Traceback" not in err

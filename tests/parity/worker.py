@@ -1,0 +1,76 @@
+"""One training run, as one process or one of several; its parameters go to a file.
+
+    torchrun --nproc_per_node 2 -m tests.parity.worker TRAINER MODEL OUTPUT GROUP
+
+The global batch is 16 rows either way. Completions are a function of the global row, so that
+sampling is the same however the rows are spread over processes.
+"""
+
+import os
+import sys
+
+import torch
+from peft import LoraConfig
+
+from tests.tiny import QUIET, VOCABULARY, count_a, prompts
+from trl_ext.rwr import RWRTrainer
+from trl_ext.trl_adapter import PolicyTrainer
+
+GLOBAL_BATCH = 16
+TRAINERS = {
+    "policy": (PolicyTrainer, {"beta": 0.04}, None),
+    "rwr": (RWRTrainer, {"log_kl": True}, None),
+    "rwr_fixed": (RWRTrainer, {"reference": "fixed", "beta": 0.5}, None),
+    "rwr_lora": (
+        RWRTrainer,
+        {"num_iterations": 2},
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+    ),
+}
+
+
+def rollout(prompts, trainer):
+    """Completions of one to four tokens, drawn from a generator seeded by step and global row."""
+    first = trainer.accelerator.process_index * len(prompts)
+    completions = []
+    for row in range(first, first + len(prompts)):
+        generator = torch.Generator().manual_seed(1000 * trainer.state.global_step + row)
+        length = int(torch.randint(1, 5, (), generator=generator))
+        tokens = torch.randint(1, VOCABULARY, (length,), generator=generator)
+        completions.append(tokens.tolist())
+    return {
+        "prompt_ids": trainer.processing_class(prompts)["input_ids"],
+        "completion_ids": completions,
+        "logprobs": None,
+    }
+
+
+def main(name: str, model: str, output: str, group: int) -> None:
+    trainer_class, options, lora = TRAINERS[name]
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    settings = QUIET | {
+        "per_device_train_batch_size": GLOBAL_BATCH // processes,
+        "num_generations": group,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "ddp_backend": "gloo" if processes > 1 else None,
+    }
+    trainer = trainer_class(
+        model=model,
+        reward_funcs=count_a,
+        args=trainer_class.config_class(output + "-run", **(settings | options)),
+        train_dataset=prompts(),
+        rollout_func=rollout,
+        peft_config=lora,
+    )
+    trainer.train()
+    assert trainer.accelerator.num_processes == processes
+    if trainer.accelerator.is_main_process:
+        history = [log for log in trainer.state.log_history if "grad_norm" in log]
+        parameters = {n: p.detach() for n, p in trainer.model.named_parameters()}
+        torch.save({"parameters": parameters, "history": history}, output)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4], int(sys.argv[4]))

@@ -1,0 +1,75 @@
+import json
+
+import pytest
+
+from trl_ext.errors import RunError
+from trl_ext.record import METRICS, RunRecord, checkpoint_to_resume, is_complete, last_checkpoint
+
+
+def write_checkpoint(folder, step, text=None):
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    state = json.dumps({"global_step": step}) if text is None else text
+    (checkpoint / "trainer_state.json").write_text(state)
+    return checkpoint
+
+
+def test_the_newest_complete_checkpoint_is_found_by_number(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    for step in (2, 9, 10):
+        write_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-11").mkdir()
+    write_checkpoint(tmp_path, 12, '{"global_step": 1')
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert not is_complete(tmp_path / "checkpoint-11")
+    assert not is_complete(tmp_path / "checkpoint-12")
+
+
+def test_resume_from_a_named_checkpoint_or_folder(tmp_path):
+    checkpoint = write_checkpoint(tmp_path, 4)
+    assert checkpoint_to_resume(tmp_path, False) is None
+    assert checkpoint_to_resume(tmp_path, True) == checkpoint
+    assert checkpoint_to_resume(tmp_path, str(checkpoint)) == checkpoint
+    assert checkpoint_to_resume(tmp_path / "elsewhere", str(tmp_path)) == checkpoint
+    with pytest.raises(RunError, match=r"newest complete one is .*checkpoint-4"):
+        checkpoint_to_resume(tmp_path, str(tmp_path / "checkpoint-5"))
+
+
+def test_a_directory_is_claimed_once(tmp_path):
+    record = RunRecord(tmp_path / "run")
+    record.claim(resume=False, overwrite=False)
+    record.claim(resume=False, overwrite=False)  # still empty
+    (tmp_path / "run" / "recipe.yaml").write_text("trainer: rwr\n")
+    with pytest.raises(RunError, match="holds another run"):
+        record.claim(resume=False, overwrite=False)
+    record.claim(resume=True, overwrite=False)
+    assert (tmp_path / "run" / "recipe.yaml").exists()
+    record.claim(resume=False, overwrite=True)
+    assert not any((tmp_path / "run").iterdir())
+
+
+def test_overwrite_never_removes_what_is_not_a_run(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match=r"no recipe\.yaml"):
+        RunRecord(tmp_path).claim(resume=False, overwrite=True)
+    with pytest.raises(RunError, match="holds files already"):
+        RunRecord(tmp_path).claim(resume=False, overwrite=False)
+    assert (tmp_path / "notes.txt").exists()
+
+
+def test_only_the_process_that_writes_writes(tmp_path):
+    silent = RunRecord(tmp_path, writes=False)
+    silent.append(METRICS, {"step": 1})
+    silent.describe("trainer: rwr\n")
+    assert not any(tmp_path.iterdir())
+
+
+def test_steps_that_are_taken_again_are_forgotten(tmp_path):
+    record = RunRecord(tmp_path)
+    for step in (1, 2, 3):
+        record.append(METRICS, {"step": step})
+    record.forget_after(2)
+    assert [row["step"] for row in record.rows(METRICS)] == [1, 2]
+    record.forget_after(-1)
+    assert record.rows(METRICS) == []

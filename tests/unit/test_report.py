@@ -1,0 +1,52 @@
+import pytest
+
+from trl_ext.record import EVALUATIONS, RunRecord
+from trl_ext.report import before_after_table, held_out_gain
+
+
+def record_with(tmp_path, *evaluations) -> RunRecord:
+    record = RunRecord(tmp_path)
+    for step, rewards in evaluations:
+        record.append(EVALUATIONS, {"step": step, "rewards": rewards})
+    return record
+
+
+def test_gain_is_paired_by_prompt(tmp_path):
+    """Differences of prompt means: 0.5, 1, 0, 0.5; mean 0.5; sd² = (0 + .25 + .25 + 0)/3 = 1/6.
+
+    Half width 1.96·√(1/6)/√4 = 0.4001.
+    """
+    before = [[0, 0], [0, 0], [1, 0], [0, 1]]
+    after = [[1, 0], [1, 1], [0, 1], [1, 1]]
+    gain = held_out_gain(record_with(tmp_path, (0, before), (7, [[9] * 2] * 4), (10, after)))
+    assert gain is not None
+    assert (gain.before, gain.after, gain.gain, gain.step) == (0.25, 0.75, 0.5, 10)
+    assert gain.half_width == pytest.approx(1.96 * (1 / 6) ** 0.5 / 2)
+    assert (gain.prompts, gain.completions) == (4, 8)
+
+
+def test_unscored_completions_and_prompts_are_left_out(tmp_path):
+    before = [[0, None], [None, None], [1, 1], [0, 0]]
+    after = [[1, None], [1, 1], [1, 1], [0, None]]
+    gain = held_out_gain(record_with(tmp_path, (0, before), (5, after)))
+    assert gain is not None
+    assert gain.prompts == 3
+    assert gain.gain == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("evaluations", [[], [(0, [[1], [0]])], [(3, [[1], [0]]), (5, [[1], [0]])]])
+def test_without_a_before_and_an_after_there_is_no_gain(tmp_path, evaluations):
+    assert held_out_gain(record_with(tmp_path, *evaluations)) is None
+
+
+def test_the_table_says_when_a_gain_is_not_shown(tmp_path):
+    rewards = [[0], [1]] * 20
+    none = held_out_gain(record_with(tmp_path, (0, rewards), (5, rewards[::-1])))
+    assert none is not None
+    assert "does not show a gain" in before_after_table(none)
+    (tmp_path / "clear").mkdir()
+    clear = held_out_gain(record_with(tmp_path / "clear", (0, [[0]] * 40), (5, rewards)))
+    assert clear is not None
+    text = before_after_table(clear)
+    assert "does not show" not in text
+    assert "+0.500" in text and "40 prompts, 40 sampled completions" in text
