@@ -19,18 +19,19 @@ from trl_ext.callbacks import RecordMetrics, ShortProgress, StopOnInterrupt
 from trl_ext.errors import ConfigError, RunError, TrlExtError
 from trl_ext.recipe import Recipe
 from trl_ext.record import (
-    EVALUATIONS,
     RECIPE,
     RunRecord,
     checkpoint_to_resume,
     is_complete,
     is_first_process,
+    is_last_step,
     last_checkpoint,
 )
 from trl_ext.registry import TRAINERS
 from trl_ext.report import before_after_table, held_out_gain
 from trl_ext.rewards import build_rewards
 from trl_ext.tasks import load_splits
+from trl_ext.trl_adapter import load_checkpoint
 
 
 def train(recipe: Recipe, *, resume: bool | str = False, overwrite: bool = False) -> None:
@@ -49,35 +50,41 @@ def train(recipe: Recipe, *, resume: bool | str = False, overwrite: bool = False
     _silence_what_no_user_can_mend()
     output_dir = Path(recipe.values["output_dir"])
     record = RunRecord(output_dir, writes=is_first_process())
-    record.claim(resume=bool(resume), overwrite=overwrite)
+    record.check_free(resume=bool(resume), overwrite=overwrite)
     checkpoint = checkpoint_to_resume(output_dir, resume)
-    trainer = build_trainer(recipe, resumed=checkpoint is not None)
+    parts = _parts(recipe, resumed=checkpoint is not None)
+    record.begin(keep=bool(resume))
+    trainer = TRAINERS.load(recipe.trainer)(**parts)
     record.forget_after(int(checkpoint.name.split("-")[1]) if checkpoint else -1)
     record.describe(recipe.to_yaml())
-    _train_recorded(trainer, recipe, record, checkpoint)
+    _train_recorded(trainer, record, checkpoint)
 
 
-def build_trainer(recipe: Recipe, *, resumed: bool = False) -> Trainer:
-    """The trainer of a recipe, ready to train: everything is checked before a model is loaded."""
+def build_trainer(recipe: Recipe) -> Trainer:
+    """The trainer of a recipe, ready to train."""
+    return TRAINERS.load(recipe.trainer)(**_parts(recipe))
+
+
+def _parts(recipe: Recipe, *, resumed: bool = False) -> dict[str, Any]:
+    """The arguments of a recipe's trainer, each checked: nothing is loaded yet but the data."""
     trainer_class = TRAINERS.load(recipe.trainer)
     config = _config(recipe, trainer_class)
     _check_processes(config)
     if resumed:
         config.eval_on_start = False  # "before training" was measured when the run began
-    parts = _reward_parts(recipe, trainer_class)
+    rewards = _reward_parts(recipe, trainer_class)
     train_dataset, eval_dataset = _datasets(recipe, config)
     model_config = ModelConfig(**recipe.groups["model"])
-    quantization_config = quantization_config_of(model_config)
     config.model_init_kwargs = _model_init_kwargs(model_config, config)
-    return trainer_class(
-        model=resolve_model(recipe.values["model_name_or_path"]),
-        args=config,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=quantization_config,
-        peft_config=get_peft_config(model_config),
-        **parts,
-    )
+    return {
+        "model": resolve_model(recipe.values["model_name_or_path"]),
+        "args": config,
+        "train_dataset": train_dataset,
+        "eval_dataset": eval_dataset,
+        "quantization_config": quantization_config_of(model_config),
+        "peft_config": get_peft_config(model_config),
+        **rewards,
+    }
 
 
 def _silence_what_no_user_can_mend() -> None:
@@ -159,9 +166,7 @@ def _model_init_kwargs(model_config: ModelConfig, config: Any) -> dict[str, Any]
     }
 
 
-def _train_recorded(
-    trainer: Trainer, recipe: Recipe, record: RunRecord, checkpoint: Path | None
-) -> None:
+def _train_recorded(trainer: Trainer, record: RunRecord, checkpoint: Path | None) -> None:
     interrupt = StopOnInterrupt()
     trainer.add_callback(RecordMetrics(record, trainer))
     trainer.add_callback(interrupt)
@@ -169,7 +174,11 @@ def _train_recorded(
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ShortProgress())
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint and is_last_step(checkpoint, trainer.args.max_steps):
+            # transformers would take one step more before it looks whether there is one left.
+            load_checkpoint(trainer, checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if interrupt.interrupted:
             raise KeyboardInterrupt
         _finish(trainer, record)
@@ -182,10 +191,7 @@ def _train_recorded(
         if not _was_saving(trainer, record):
             error.add_note(_left(record))
             raise
-        raise RunError(
-            f"Saving at step {trainer.state.global_step} failed: {error}. What it had written of "
-            f"that checkpoint is removed. Is the disk full? {_left(record)}"
-        ) from error
+        raise RunError(_saving_failed(trainer, record, error)) from error
     finally:
         interrupt.restore()
 
@@ -210,11 +216,13 @@ def _left(record: RunRecord) -> str:
 
 
 def _finish(trainer: Trainer, record: RunRecord) -> None:
-    evaluated_at = [row["step"] for row in record.rows(EVALUATIONS)]
-    if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated_at:
+    if trainer.eval_dataset is not None and not _is_evaluated(trainer):
         trainer.evaluate()
-    trainer.save_model(str(record.output_dir))
-    trainer.create_model_card(model_name=record.output_dir.name)
+    try:
+        trainer.save_model(str(record.output_dir))
+        trainer.create_model_card(model_name=record.output_dir.name)
+    except Exception as error:
+        raise RunError(_saving_failed(trainer, record, error)) from error
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.wait_for_everyone()
@@ -224,6 +232,21 @@ def _finish(trainer: Trainer, record: RunRecord) -> None:
         if gain:
             print(f"\n{before_after_table(gain)}\n")
         print(_how_to_use(record.output_dir))
+
+
+def _is_evaluated(trainer: Trainer) -> bool:
+    """Whether the policy as it is was evaluated; the same on all processes, unlike a file."""
+    return any(
+        log["step"] == trainer.state.global_step and any(key.startswith("eval_") for key in log)
+        for log in trainer.state.log_history
+    )
+
+
+def _saving_failed(trainer: Trainer, record: RunRecord, error: Exception) -> str:
+    return (
+        f"Saving at step {trainer.state.global_step} failed: {error}. A checkpoint that it had "
+        f"half written is removed. Is the disk full? {_left(record)}"
+    )
 
 
 def _how_to_use(output_dir: Path) -> str:

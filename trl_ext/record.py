@@ -37,35 +37,36 @@ class RunRecord:
         self.output_dir = Path(output_dir)
         self.writes = writes
 
-    def claim(self, *, resume: bool, overwrite: bool) -> None:
-        """Make `output_dir` this run's own.
+    def check_free(self, *, resume: bool, overwrite: bool) -> None:
+        """Whether `output_dir` may become this run's own; nothing is changed.
 
         Raises:
             RunError: if it holds anything, and neither resume nor overwrite is asked for; or if
                 overwrite would remove what is not a run.
         """
-        if not self.output_dir.exists() or not any(self.output_dir.iterdir()):
-            if self.writes:
-                self.output_dir.mkdir(parents=True, exist_ok=True)
+        held = self.writes and self.output_dir.exists() and any(self.output_dir.iterdir())
+        if not held or resume:
             return
         is_run = (self.output_dir / RECIPE).is_file()
-        if resume:
-            return
-        if overwrite and is_run:
-            if self.writes:
-                shutil.rmtree(self.output_dir)
-                self.output_dir.mkdir(parents=True)
-            return
-        if overwrite:
+        if overwrite and not is_run:
             raise RunError(
                 f"--overwrite would remove output_dir {str(self.output_dir)!r}, which holds files "
                 f"but no {RECIPE} of a run. Give another output_dir, or empty it yourself."
             )
-        what = "another run" if is_run else "files already"
-        raise RunError(
-            f"output_dir {str(self.output_dir)!r} holds {what}. Continue it with --resume, replace "
-            "it with --overwrite, or give another: output_dir=..."
-        )
+        if not overwrite:
+            what = "another run" if is_run else "files already"
+            raise RunError(
+                f"output_dir {str(self.output_dir)!r} holds {what}. Continue it with --resume, "
+                "replace it with --overwrite, or give another: output_dir=..."
+            )
+
+    def begin(self, *, keep: bool) -> None:
+        """Make the directory, after `check_free`; without `keep`, an empty one."""
+        if not self.writes:
+            return
+        if self.output_dir.exists() and not keep:
+            shutil.rmtree(self.output_dir)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
 
     def describe(self, recipe_yaml: str) -> None:
         """Write the resolved recipe and the environment."""
@@ -82,15 +83,21 @@ class RunRecord:
                 lines.write(json.dumps(row) + "\n")
 
     def rows(self, file: str) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl` or `evaluations.jsonl`; none if the file is not there."""
+        """The lines of `metrics.jsonl` or `evaluations.jsonl`; none if the file is not there.
+
+        A last line without its end was being written when the run was killed: it is left out.
+        """
         path = self.output_dir / file
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def forget_after(self, step: int) -> None:
         """Drop lines of steps after `step`: a resumed run takes those steps again."""
+        if not self.writes:
+            return
         for file in (METRICS, EVALUATIONS):
             kept = [row for row in self.rows(file) if row["step"] <= step]
-            if self.writes and (self.output_dir / file).exists():
+            if (self.output_dir / file).exists():
                 (self.output_dir / file).write_text("".join(json.dumps(r) + "\n" for r in kept))
 
 
@@ -101,6 +108,17 @@ def is_complete(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return f"checkpoint-{state.get('global_step')}" == checkpoint.name
+
+
+def is_last_step(checkpoint: Path, max_steps: int) -> bool:
+    """Whether nothing is left to train after a checkpoint.
+
+    Args:
+        checkpoint: a complete one.
+        max_steps: of the run that resumes; not positive if its length is given in epochs.
+    """
+    state = json.loads((checkpoint / _WRITTEN_LAST).read_text())
+    return state["global_step"] >= (max_steps if max_steps > 0 else state["max_steps"])
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
@@ -121,10 +139,9 @@ def checkpoint_to_resume(output_dir: Path, resume: bool | str) -> Path | None:
     if not isinstance(resume, str):
         return last_checkpoint(output_dir) if resume else None
     named = Path(resume)
-    if named.is_dir() and not named.name.startswith("checkpoint-"):
-        return last_checkpoint(named)
-    if is_complete(named):
-        return named
+    inside = last_checkpoint(named)
+    if is_complete(named) or inside:
+        return inside or named
     newest = last_checkpoint(output_dir)
     raise RunError(
         f"--resume {resume}: there is no complete checkpoint of that name. "

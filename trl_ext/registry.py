@@ -84,9 +84,10 @@ class Registry:
             value = importlib.import_module(module_name)
             for part in attribute.split("."):
                 value = getattr(value, part)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # a user's module may fail in any way when it is imported
             raise PluginError(
-                f"The {self.kind} {name!r} stands for {target!r}, which cannot be loaded: {error}. "
+                f"The {self.kind} {name!r} stands for {target!r}, which cannot be loaded: "
+                f"{type(error).__name__}: {error}. "
                 f"A {self.kind} must be {self.must_be}. Is its package installed here, and is the "
                 "name spelt right?"
             ) from error

@@ -8,18 +8,19 @@ it is `trl.GRPOTrainer`, number for number.
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer, TrainerState
 from trl import GRPOConfig as TRLGRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
 
-from trl_ext.errors import ConfigError
+from trl_ext.errors import ConfigError, RunError
 from trl_ext.rewards.guard import guarded
 from trl_ext.tasks.columns import check_prompt_only
 
@@ -137,9 +138,9 @@ class PolicyTrainer(TRLGRPOTrainer):
         **trl_arguments: Any,
     ):
         args = self._own_config(model, args)
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            if dataset is not None and not trl_arguments.get("environment_factory"):
-                check_prompt_only(dataset, name)
+        if not trl_arguments.get("environment_factory"):
+            _check_datasets(train_dataset, eval_dataset)
+        self._check_reference(model, args, trl_arguments)
         with self._reference_only_if_used(args):
             super().__init__(
                 model,
@@ -153,11 +154,15 @@ class PolicyTrainer(TRLGRPOTrainer):
         self._rewards_per_func: Tensor | None = None
         self._evaluation_rewards: list[Tensor] = []
         self._policy_logps: Tensor | None = None
+        self._train_sampler: Any = None
         self._stop_at(args.stop_strings or [])
         _keep_nf4_gradients_on_cpu(self.model)
 
     def uses_reference(self, args: PolicyConfig) -> bool:
-        """Whether the reference model is loaded and scores every rollout. TRL: if β is not 0."""
+        """Whether the reference model is loaded and scores every rollout. TRL: if β is not 0.
+
+        Asked only of a trainer with a `policy_loss` of its own.
+        """
         return args.beta != 0.0
 
     def score_completions(self, score_once: Callable[[], Tensor]) -> Tensor:
@@ -198,7 +203,10 @@ class PolicyTrainer(TRLGRPOTrainer):
 
         None marks a completion that no reward function scored.
         """
+        # Several processes fill up their last batch with the first prompts again.
+        sized = hasattr(self.eval_dataset, "__len__") and not isinstance(self.eval_dataset, Mapping)
         prompts = torch.cat(self._evaluation_rewards).tolist()
+        prompts = prompts[: len(self.eval_dataset)] if sized else prompts
         return [[None if math.isnan(reward) else reward for reward in group] for group in prompts]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -219,8 +227,9 @@ class PolicyTrainer(TRLGRPOTrainer):
     def sampler_logps(self, rollout: Rollout) -> Tensor:
         """(B, T) per-token log-probabilities, nats, under the policy that generated the rollout."""
         batch = rollout.batch
-        if "old_per_token_logps" in batch:
-            return batch["old_per_token_logps"]
+        for known in ("sampling_per_token_logps", "old_per_token_logps"):
+            if known in batch:
+                return batch[known]
         with torch.no_grad():
             logps, _, _ = self._get_per_token_logps_and_entropies(
                 self.model,
@@ -249,6 +258,7 @@ class PolicyTrainer(TRLGRPOTrainer):
         local_rows = slice(first, first + len(inputs))
         rollout = Rollout(self._summed_rewards().view(-1, self.group_size), batch, local_rows)
         batch["advantages"] = self.assign_credit(rollout)
+        self._show_credit(batch["advantages"])
         if not self.model.training:
             self._evaluation_rewards.append(rollout.rewards_PG)
         if self._replaces_loss:
@@ -285,8 +295,14 @@ class PolicyTrainer(TRLGRPOTrainer):
     def _save_rng_state(self, output_dir):
         # A checkpoint may fall between two uses of one rollout; TRL would generate anew on resume.
         super()._save_rng_state(output_dir)
-        rollout = {"step": self._step, "buffered_inputs": self._unused_rollout()}
+        rollout = {
+            "step": self._step,
+            "num_processes": self.accelerator.num_processes,
+            "buffered_inputs": self._unused_rollout(),
+        }
         torch.save(rollout, self._rollout_file(output_dir))
+        # The first process now writes the file that marks a checkpoint as complete.
+        self.accelerator.wait_for_everyone()
 
     def _load_rng_state(self, checkpoint):
         super()._load_rng_state(checkpoint)
@@ -294,11 +310,46 @@ class PolicyTrainer(TRLGRPOTrainer):
             rollout = torch.load(
                 self._rollout_file(checkpoint), map_location=self.args.device, weights_only=True
             )
+            if rollout["num_processes"] != self.accelerator.num_processes:
+                raise RunError(
+                    f"{checkpoint} was written by {rollout['num_processes']} processes and cannot "
+                    f"be resumed by {self.accelerator.num_processes}: each holds its share of a "
+                    f"rollout. Set num_processes={rollout['num_processes']}."
+                )
             self._step, self._buffered_inputs = rollout["step"], rollout["buffered_inputs"]
+
+    def _get_train_sampler(self, dataset=None):
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
+
+    def _init_training_state(self, *args, **kwargs):
+        # TRL's sampler draws the order of each epoch from one generator: on resume, draw those of
+        # the epochs that are over.
+        epochs_trained, steps_trained = super()._init_training_state(*args, **kwargs)
+        for _ in range(epochs_trained if self._train_sampler is not None else 0):
+            next(iter(self._train_sampler), None)
+        return epochs_trained, steps_trained
 
     @property
     def _replaces_loss(self) -> bool:
         return type(self).policy_loss is not PolicyTrainer.policy_loss
+
+    def _check_reference(self, model: Any, args: PolicyConfig, arguments: dict[str, Any]) -> None:
+        """TRL re-reads the reference of full fine-tuning from disk, whatever became of the model.
+
+        Raises:
+            ConfigError: if that would be another model than the policy before training.
+        """
+        adapted = arguments.get("peft_config") is not None or hasattr(model, "peft_config")
+        if not self._replaces_loss or isinstance(model, str) or adapted:
+            return
+        if self.uses_reference(args):
+            raise ConfigError(
+                "A reference model is asked for, and the policy was given as an object: TRL would "
+                "load the reference from the policy's name, with other weights if they were "
+                "changed since. Save the policy and give its path, or train an adapter "
+                "(peft_config), whose reference is the model without it."
+            )
 
     def _own_config(self, model: Any, args: PolicyConfig | None) -> PolicyConfig:
         if args is None:
@@ -340,14 +391,28 @@ class PolicyTrainer(TRLGRPOTrainer):
         ).nansum(dim=1)
         return rewards.masked_fill(self._rewards_per_func.isnan().all(dim=1), torch.nan)
 
+    def _show_credit(self, credit: Tensor) -> None:
+        """Put the credit where TRL's table of completions has group-normalised advantages."""
+        if credit.dim() > 1:
+            return
+        shown, column = self.accelerator.gather(credit).tolist(), self._logs["advantages"]
+        for _ in range(min(len(shown), len(column))):
+            column.pop()
+        column.extend(shown)
+
     def _drop_surrogate_metrics(self) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name in [name for name in metrics if name.startswith("clip_ratio/")]:
+        surrogate = [n for n in metrics if n.startswith("clip_ratio/") or n == "policy_loss"]
+        for name in surrogate:
             del metrics[name]
 
     def _stop_at(self, strings: list[str]) -> None:
         if not strings:
             return
+        if self.use_vllm:
+            raise ConfigError(
+                "stop_strings does not reach vLLM. Use generation_kwargs={'stop': [...]} there."
+            )
         vocabulary = self._tokenizer.batch_decode(
             [[token] for token in range(len(self._tokenizer))]
         )
@@ -366,10 +431,6 @@ class PolicyTrainer(TRLGRPOTrainer):
             *self.eos_token_ids,
             *(t for t in stops if t not in self.eos_token_ids),
         ]
-        if self.use_vllm:
-            raise ConfigError(
-                "stop_strings does not reach vLLM. Use generation_kwargs={'stop': [...]} there."
-            )
         self.generation_kwargs["eos_token_id"] = self.eos_token_ids
         self.generation_config.eos_token_id = self.eos_token_ids
 
@@ -385,6 +446,21 @@ class PolicyTrainer(TRLGRPOTrainer):
 
 def _generated(batch: dict[str, Any]) -> Tensor:
     return batch["completion_mask"] * batch.get("tool_mask", 1)
+
+
+def _check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
+    """Refuse what has no prompts; an evaluation set may be several by name, as in TRL."""
+    several = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
+    named = {f"eval_dataset {name}".strip(): dataset for name, dataset in several.items()}
+    for name, dataset in ({"train_dataset": train_dataset} | named).items():
+        if dataset is not None:
+            check_prompt_only(dataset, name)
+
+
+def load_checkpoint(trainer: Trainer, checkpoint: Path) -> None:
+    """The weights and the state of a checkpoint, for a run that has nothing left to train."""
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
 def _guard_all(reward_funcs: Any, timeout: float | None) -> Any:

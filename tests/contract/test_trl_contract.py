@@ -41,6 +41,15 @@ SIGNATURES = {
         "mm_token_type_ids",
         "image_position_ids",
     ),
+    (GRPOTrainer, "_get_train_sampler"): ("dataset",),
+    (Trainer, "_init_training_state"): (
+        "max_steps",
+        "num_update_steps_per_epoch",
+        "num_train_epochs",
+        "resume_from_checkpoint",
+        "trial",
+    ),
+    (Trainer, "_load_from_checkpoint"): ("resume_from_checkpoint", "model"),
     (Trainer, "_save_rng_state"): ("output_dir",),
     (Trainer, "_load_rng_state"): ("checkpoint",),
 }
@@ -61,7 +70,8 @@ def test_signature_of_what_is_overridden(owner, method):
 def test_every_override_of_an_underscore_method_is_pinned():
     own = {name for name in vars(PolicyTrainer) if name.startswith("_") and name[1] != "_"}
     inherited = {name for name in own if hasattr(GRPOTrainer, name)}
-    assert inherited == {method for _, method in SIGNATURES}
+    called = {"_load_from_checkpoint"}
+    assert inherited == {method for _, method in SIGNATURES} - called
 
 
 class Spy(PolicyTrainer):
@@ -149,6 +159,7 @@ def test_the_loss_is_scaled_for_accumulation_by_the_trainer_itself():
 def test_names_that_the_adapter_reads(make_spy):
     spy = make_spy()
     for name in (
+        "_logs",
         "_metrics",
         "_pending_extra_logs",
         "_step",

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.tiny import save_byte_llama
@@ -84,6 +85,14 @@ def command(tmp_path):
         )
 
     return start
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to a command and to the processes that it launched."""
+    started = psutil.Process(process.pid)
+    for one in [started, *started.children(recursive=True)]:
+        one.kill()
+    process.communicate()
 
 
 @pytest.fixture

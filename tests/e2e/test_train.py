@@ -13,6 +13,8 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.e2e.conftest import kill
+
 pytestmark = pytest.mark.slow
 
 
@@ -42,7 +44,7 @@ def test_a_run_leaves_its_record_and_a_model_that_plain_transformers_loads(
     assert yaml.safe_load((output_dir / "recipe.yaml").read_text())["trainer"] == "rwr"
     assert json.loads((output_dir / "environment.json").read_text())["trl"]
     steps = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in steps if "rwr/effective_sample_size" in row] == [*range(1, 7)]
+    assert [row["step"] for row in steps if "grad_norm" in row] == [*range(1, 7)]
     assert (output_dir / "README.md").is_file(), "model card"
     model = AutoModelForCausalLM.from_pretrained(output_dir)
     tokenizer = AutoTokenizer.from_pretrained(output_dir)
@@ -77,13 +79,12 @@ def test_killed_at_any_step_and_resumed_a_run_ends_with_the_same_parameters(
     for step in (1, 4):  # in the middle of a rollout that serves two steps, and at its end
         process = command("train", killed, *(["--resume"] if step > 1 else []), REWARD_SECONDS="1")
         wait_for(tmp_path / "killed" / f"checkpoint-{step}")
-        process.kill()
-        process.communicate()
+        kill(process)
     code, _, err = run("train", killed, "--resume")
     assert code == 0, err
     assert same(parameters(tmp_path / "killed"), parameters(tmp_path / "whole"))
     rows = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(row)["step"] for row in rows if "rwr/log_z" in row]
+    steps = [json.loads(row)["step"] for row in rows if "grad_norm" in row]
     assert steps == [1, 2, 3, 4, 5, 6], "each step is recorded once"
 
 
@@ -95,7 +96,7 @@ def test_a_half_written_checkpoint_is_passed_over(run, write_recipe, tmp_path):
     code, _, err = run("train", recipe, "max_steps=4", "--resume")
     assert code == 0, err
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(row)["step"] for row in rows if "rwr/log_z" in row] == [1, 2, 3, 4]
+    assert [json.loads(row)["step"] for row in rows if "grad_norm" in row] == [1, 2, 3, 4]
 
 
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_resume(
@@ -158,7 +159,45 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(command, write_recipe, tmp_pa
     assert int(newest.name.split("-")[1]) == max(int(name.split("-")[1]) for name in left)
 
 
-def test_a_trainer_that_takes_no_reward_says_so(run, write_recipe):
-    code, _, err = run("train", write_recipe(), "trainer=sft")
+def test_a_trainer_that_takes_no_reward_says_so(run, tmp_path, byte_llama):
+    recipe = tmp_path / "sft.yaml"
+    recipe.write_text(
+        f"trainer: sft\noutput_dir: {tmp_path / 'sft'}\nmodel_name_or_path: {byte_llama}\n"
+        "dataset_name: char_reverse\nreward_funcs: [exact_match]\n"
+    )
+    code, _, err = run("train", recipe)
     assert code == 2
-    assert "Traceback" not in err
+    assert "trainer: sft takes no reward_funcs" in err
+
+
+def test_a_run_that_died_in_its_final_evaluation_takes_no_step_more(run, write_recipe, tmp_path):
+    recipe = write_recipe(max_steps=2)
+    assert run("train", recipe)[0] == 0
+    before = parameters(tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    code, out, err = run("train", recipe, "--resume")
+    assert code == 0, err
+    assert "The model is in" in out
+    assert same(parameters(tmp_path / "run"), before)
+
+
+def test_a_wrong_recipe_does_not_cost_the_run_that_it_would_replace(run, write_recipe, tmp_path):
+    recipe = write_recipe(max_steps=1)
+    assert run("train", recipe)[0] == 0
+    code, _, err = run("train", recipe, "--overwrite", "dataset_kwargs.sise=3")
+    assert code == 2, err
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_two_processes_train_stop_and_resume(command, run, write_recipe, tmp_path):
+    two = ("num_processes=2", "per_device_train_batch_size=4", "eval_on_start=true")
+    whole = run("train", write_recipe("whole"), *two)
+    assert whole[0] == 0, whole[2][-2000:]
+    assert "Held-out reward" in whole[1]
+    recipe = write_recipe("killed")
+    process = command("train", recipe, *two, REWARD_SECONDS="1")
+    wait_for(tmp_path / "killed" / "checkpoint-3" / "trainer_state.json")
+    kill(process)
+    code, _, err = run("train", recipe, *two, "--resume")
+    assert code == 0, err[-2000:]
+    assert same(parameters(tmp_path / "killed"), parameters(tmp_path / "whole"))

@@ -3,7 +3,14 @@ import json
 import pytest
 
 from trl_ext.errors import RunError
-from trl_ext.record import METRICS, RunRecord, checkpoint_to_resume, is_complete, last_checkpoint
+from trl_ext.record import (
+    METRICS,
+    RunRecord,
+    checkpoint_to_resume,
+    is_complete,
+    is_last_step,
+    last_checkpoint,
+)
 
 
 def write_checkpoint(folder, step, text=None):
@@ -32,30 +39,46 @@ def test_resume_from_a_named_checkpoint_or_folder(tmp_path):
     assert checkpoint_to_resume(tmp_path, True) == checkpoint
     assert checkpoint_to_resume(tmp_path, str(checkpoint)) == checkpoint
     assert checkpoint_to_resume(tmp_path / "elsewhere", str(tmp_path)) == checkpoint
+    with pytest.raises(RunError, match="has none at all"):
+        checkpoint_to_resume(tmp_path / "empty", str(tmp_path / "empty"))
     with pytest.raises(RunError, match=r"newest complete one is .*checkpoint-4"):
         checkpoint_to_resume(tmp_path, str(tmp_path / "checkpoint-5"))
 
 
-def test_a_directory_is_claimed_once(tmp_path):
+def test_a_directory_belongs_to_one_run(tmp_path):
     record = RunRecord(tmp_path / "run")
-    record.claim(resume=False, overwrite=False)
-    record.claim(resume=False, overwrite=False)  # still empty
+    record.check_free(resume=False, overwrite=False)
+    record.begin(keep=False)
+    record.check_free(resume=False, overwrite=False)  # still empty
     (tmp_path / "run" / "recipe.yaml").write_text("trainer: rwr\n")
     with pytest.raises(RunError, match="holds another run"):
-        record.claim(resume=False, overwrite=False)
-    record.claim(resume=True, overwrite=False)
-    assert (tmp_path / "run" / "recipe.yaml").exists()
-    record.claim(resume=False, overwrite=True)
+        record.check_free(resume=False, overwrite=False)
+    record.check_free(resume=True, overwrite=False)
+    record.begin(keep=True)
+    record.check_free(resume=False, overwrite=True)
+    assert (tmp_path / "run" / "recipe.yaml").exists(), "a check removes nothing"
+    record.begin(keep=False)
     assert not any((tmp_path / "run").iterdir())
 
 
 def test_overwrite_never_removes_what_is_not_a_run(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match=r"no recipe\.yaml"):
-        RunRecord(tmp_path).claim(resume=False, overwrite=True)
+        RunRecord(tmp_path).check_free(resume=False, overwrite=True)
     with pytest.raises(RunError, match="holds files already"):
-        RunRecord(tmp_path).claim(resume=False, overwrite=False)
+        RunRecord(tmp_path).check_free(resume=False, overwrite=False)
     assert (tmp_path / "notes.txt").exists()
+
+
+@pytest.mark.parametrize(("max_steps", "last"), [(4, True), (3, True), (5, False), (-1, False)])
+def test_the_last_step_is_that_of_the_run_that_resumes(tmp_path, max_steps, last):
+    checkpoint = write_checkpoint(tmp_path, 4, '{"global_step": 4, "max_steps": 9}')
+    assert is_last_step(checkpoint, max_steps) is last
+
+
+def test_a_torn_last_line_is_left_out(tmp_path):
+    (tmp_path / METRICS).write_text('{"step": 1}\n{"step": 2, "lo')
+    assert RunRecord(tmp_path).rows(METRICS) == [{"step": 1}]
 
 
 def test_only_the_process_that_writes_writes(tmp_path):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from trl import GRPOConfig
 
 from tests.tiny import QUIET, VOCABULARY, count_a, prompts, save_tiny_llama
@@ -23,6 +23,8 @@ def make(model_path, tmp_path, *, trainer=PolicyTrainer, parts=None, **options):
     settings = QUIET | {"per_device_train_batch_size": 8, "num_generations": 4, "max_steps": 2}
     args = trainer.config_class(str(tmp_path / "out"), **(settings | options))
     parts = {"reward_funcs": count_a, "train_dataset": prompts()} | (parts or {})
+    if not isinstance(model_path, str):
+        parts["processing_class"] = tabular_tokenizer(VOCABULARY)
     return trainer(model=model_path, args=args, **parts)
 
 
@@ -95,7 +97,16 @@ def test_credit_may_be_per_token(model_path, tmp_path):
 
 
 @pytest.mark.parametrize("trainer", [PolicyTrainer, RWRTrainer])
-@pytest.mark.parametrize("options", [{"num_iterations": 3}, {"steps_per_generation": 2}, {}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_iterations": 3},
+        {"steps_per_generation": 2},
+        {"gradient_accumulation_steps": 2, "steps_per_generation": 4},
+        {"parts": {"train_dataset": prompts(4)}},  # two steps an epoch
+    ],
+    ids=str,
+)
 def test_a_checkpoint_between_two_uses_of_a_rollout_resumes_to_the_same_parameters(
     model_path, tmp_path, trainer, options
 ):
@@ -171,3 +182,31 @@ def test_rwr_config_refuses_what_it_would_ignore(tmp_path):
     text = str(caught.value)
     assert "epsilon=0.1" in text and "loss_type='grpo'" in text and "beta=-1.0" in text
     assert "num_generations" not in text
+
+
+def test_the_table_of_completions_shows_the_weights(model_path, tmp_path):
+    trainer = make(model_path, tmp_path, trainer=RWRTrainer, log_completions=True, max_steps=1)
+    trainer.train()
+    (table,) = (tmp_path / "out" / "completions").glob("*.parquet")
+    weights = load_dataset("parquet", data_files=str(table), split="train")["advantage"]
+    sums = torch.tensor(list(weights)).view(-1, 4).sum(dim=1)
+    assert set(sums.round(decimals=5).tolist()) <= {0.0, 1.0}
+    assert sums.max() > 0
+
+
+def test_several_evaluation_sets_by_name(model_path, tmp_path):
+    parts = {"eval_dataset": {"short": prompts(2), "long": prompts(4)}}
+    trainer = make(
+        model_path, tmp_path, parts=parts, eval_strategy="steps", per_device_eval_batch_size=4
+    )
+    assert {"eval_short_runtime", "eval_long_runtime"} <= trainer.evaluate().keys()
+    broken = parts["eval_dataset"] | {"long": Dataset.from_dict({"text": ["a"]})}
+    with pytest.raises(DataError, match="eval_dataset long has no column"):
+        make(model_path, tmp_path, parts={"eval_dataset": broken})
+
+
+def test_a_reference_that_would_be_another_model_is_refused(model_path, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    with pytest.raises(ConfigError, match="Save the policy and give its path"):
+        make(model, tmp_path, trainer=RWRTrainer, log_kl=True)
+    make(model, tmp_path, trainer=RWRTrainer)  # needs none

@@ -18,6 +18,13 @@ _KEYS = (
     "gradient_accumulation_steps",
     "num_processes",
 )
+_EVAL_KEYS = (
+    "per_device_eval_batch_size",
+    "num_generations_eval",
+    "num_generations",
+    "eval_on_start",
+    "eval_strategy",
+)
 
 
 def check_launcher(
@@ -65,6 +72,33 @@ def check_group_size(
     )
     origin = first_origin(entries, _KEYS, recipe)
     findings.append(Finding(origin, "num_generations", message))
+
+
+def check_eval_group_size(
+    entries: Entries,
+    fields: Fields,
+    values: dict[str, Any],
+    launcher: dict[str, Any],
+    recipe: Origin,
+    findings: list[Finding],
+) -> None:
+    """Each evaluation batch holds whole groups; TRL looks only where eval_strategy is set."""
+    known = {key: values.get(key, fields[key].default) for key in _EVAL_KEYS if key in fields}
+    evaluates = known.get("eval_on_start") or known.get("eval_strategy") not in (None, "no", False)
+    group = known.get("num_generations_eval") or known.get("num_generations")
+    rows = known.get("per_device_eval_batch_size")
+    if not (evaluates and isinstance(group, int) and isinstance(rows, int) and group > 0):
+        return
+    processes = process_count(launcher)
+    if rows * processes % group:
+        message = (
+            f"an evaluation group of {group} (num_generations_eval, else num_generations) does not "
+            f"divide the evaluation batch of {rows * processes} (per_device_eval_batch_size {rows} "
+            f"× {processes} process{'es' if processes > 1 else ''}); nearest batch size: "
+            f"{-(-rows // group) * group}"
+        )
+        origin = first_origin(entries, _EVAL_KEYS, recipe)
+        findings.append(Finding(origin, "per_device_eval_batch_size", message))
 
 
 def _generation_batch(known: dict[str, Any], processes: int) -> tuple[int | None, str]:

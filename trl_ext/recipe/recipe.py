@@ -14,7 +14,7 @@ from trl_ext.recipe.check import (
     resolve_trainer,
 )
 from trl_ext.recipe.findings import Finding, Origin, raise_if_any
-from trl_ext.recipe.groups import check_group_size, check_launcher
+from trl_ext.recipe.groups import check_eval_group_size, check_group_size, check_launcher
 from trl_ext.recipe.layers import display_name, read_layers
 from trl_ext.recipe.schema import (
     COMMON_GROUPS,
@@ -112,6 +112,7 @@ def _check(file: Path, entries: Entries, recipe: Origin, findings: list[Finding]
     if "config" in groups:
         check_refused(refused_options(target), groups["config"], values, entries, findings)
         check_group_size(entries, groups["config"], values, where, recipe, findings)
+        check_eval_group_size(entries, groups["config"], values, where, recipe, findings)
     if findings:
         return None
     assert target is not None

@@ -17,13 +17,17 @@ logger = logging.getLogger(__name__)
 WARN_AFTER = 60.0  # seconds; long for a reward, short against wondering why a run stands still
 
 
+class RewardTimeout(RewardError):
+    """A call took longer than its limit."""
+
+
 class _OutOfTime(BaseException):
     """Not an `Exception`, so that a reward's own `except Exception` does not swallow it."""
 
 
 @contextmanager
 def deadline(name: str, completions: int, timeout: float | None) -> Iterator[None]:
-    """Raise `RewardError` when the body takes longer than `timeout` seconds.
+    """Raise `RewardTimeout` when the body takes longer than `timeout` seconds.
 
     It uses SIGALRM, which exists on Linux and macOS and works in the main thread only; elsewhere
     a body that overruns is named in a warning and goes on. Code that never returns to Python (a
@@ -62,8 +66,8 @@ async def async_deadline(name: str, completions: int, timeout: float | None) -> 
             raise _overrun(name, completions, timeout) from None
 
 
-def _overrun(name: str, completions: int, timeout: float | None) -> RewardError:
-    return RewardError(
+def _overrun(name: str, completions: int, timeout: float | None) -> RewardTimeout:
+    return RewardTimeout(
         f"The reward {name!r} took longer than its limit of {timeout:g} s for {completions} "
         "completions. Make it faster, give its own calls a time limit, or raise this one."
     )

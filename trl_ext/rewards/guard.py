@@ -4,14 +4,17 @@ TRL trains on a NaN reward as "does not apply", takes any infinity, and reports 
 without the sample. A guarded reward raises `RewardError` instead.
 """
 
+import contextlib
 import functools
 import inspect
+import itertools
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
 from trl_ext.errors import ConfigError, RewardError
-from trl_ext.rewards.deadline import async_deadline, deadline
+from trl_ext.rewards.deadline import RewardTimeout, async_deadline, deadline
 
 FLOAT32_MAX = 3.4028234663852886e38  # TRL keeps rewards in float32, where more becomes inf
 SHOWN_CHARACTERS = 160
@@ -67,6 +70,9 @@ def _guarded_sync(
         try:
             with deadline(name, len(completions), timeout):
                 values = reward_func(prompts=prompts, completions=completions, **columns)
+        except RewardTimeout as failure:
+            slowest = _slowest(reward_func, name, timeout, prompts, completions, columns)
+            raise RewardTimeout(f"{failure} {slowest}") from None
         except RewardError:
             raise
         except Exception as failure:
@@ -86,6 +92,30 @@ def _guarded_sync(
         return NO_CULPRIT
 
     return reward
+
+
+def _slowest(
+    reward_func: Callable[..., Any],
+    name: str,
+    timeout: float | None,
+    prompts: list,
+    completions: list,
+    columns: dict[str, Any],
+) -> str:
+    """The completion that takes longest when it is scored alone, within the same limit again."""
+    starts = [time.monotonic()]
+    with contextlib.suppress(Exception), deadline(name, len(completions), timeout):
+        for sample in _samples(prompts, completions, columns):
+            reward_func(**sample)
+            starts.append(time.monotonic())
+    if len(starts) <= len(completions):  # stopped within a completion
+        starts.append(time.monotonic())
+    seconds = [end - start for start, end in itertools.pairwise(starts)]
+    index = seconds.index(max(seconds))
+    return (
+        f"Scored alone, the slowest takes {seconds[index]:.1f} s or more. "
+        f"{_shown(index, prompts, completions)}"
+    )
 
 
 def _guarded_async(

@@ -21,7 +21,8 @@ class RWRConfig(PolicyConfig):
             importance weights of π* against the sampler.
         drop_uniform_groups: give no weight to a group whose rewards are all equal: it says nothing
             about the reward, and its gradient is noise. Off is regression as derived: such a group
-            counts like any other.
+            counts like any other. With a fixed reference the log-ratio belongs to what is compared,
+            so that a group that only pulls back to the reference is kept.
         token_reduction: "sum" regresses on log π(y|x), as derived; "mean" on its mean per token.
         reward_samples: score each completion this many times and use the mean, for a stochastic
             reward. From 2 on the metric `rwr/optimism` says by how much a single sample would
@@ -86,7 +87,13 @@ class RWRConfig(PolicyConfig):
         "vespo_k_pos": "there is no VESPO loss",
         "vespo_lambda_neg": "there is no VESPO loss",
         "vespo_lambda_pos": "there is no VESPO loss",
+        "ref_model_mixup_alpha": "reference: moving already follows the policy",
+        "ref_model_sync_steps": "reference: moving already follows the policy",
+        "vllm_importance_sampling_cap": "there is no importance ratio",
+        "vllm_importance_sampling_clip_max": "there is no importance ratio",
+        "vllm_importance_sampling_clip_min": "there is no importance ratio",
         "vllm_importance_sampling_correction": "there is no importance ratio",
+        "vllm_importance_sampling_mode": "there is no importance ratio",
     }
 
     def __post_init__(self):
@@ -104,6 +111,20 @@ class RWRConfig(PolicyConfig):
             if getattr(self, name) != defaults[name]
         ]
 
+    def _sampler_is_not_the_policy(self) -> list[str]:
+        neutral = {
+            "top_p": (1.0,),
+            "top_k": (0,),
+            "min_p": (None, 0.0),
+            "repetition_penalty": (1.0,),
+        }
+        return [
+            f"  {name}={getattr(self, name)!r} with reference='fixed': completions would not be "
+            f"samples of the policy, and the weights wrong. Allowed: {values[0]!r}."
+            for name, values in neutral.items()
+            if getattr(self, name) not in values
+        ]
+
     def _bad_values(self) -> list[str]:
         findings = []
         if not self.beta >= 0:
@@ -113,6 +134,17 @@ class RWRConfig(PolicyConfig):
         if self.reference == "fixed" and self.beta == 0:
             findings.append(
                 "  beta=0 with reference='fixed' has no Gibbs policy to converge to. Use beta > 0."
+            )
+        if self.reference == "fixed":
+            findings += self._sampler_is_not_the_policy()
+        if self.load_best_model_at_end and self.metric_for_best_model in (
+            None,
+            "loss",
+            "eval_loss",
+        ):
+            findings.append(
+                "  load_best_model_at_end needs metric_for_best_model: eval_reward and "
+                "greater_is_better: true; a regression has no loss on fresh samples."
             )
         if self.reward_samples < 1:
             findings.append(f"  reward_samples={self.reward_samples!r} must be at least 1.")

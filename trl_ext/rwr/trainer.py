@@ -52,7 +52,9 @@ class RWRTrainer(PolicyTrainer):
         samples = torch.stack([score_once() for _ in range(self.args.reward_samples)])
         if self.args.reward_samples > 1 and self.args.beta > 0:
             summed = (samples * self.reward_weights.to(samples.device)).nansum(dim=-1)
-            self.log_metric("rwr/optimism", optimism(summed.T, self.args.beta).mean().item())
+            scored = ~samples.isnan().all(dim=-1).any(dim=0)
+            inflation = optimism(summed[:, scored].T, self.args.beta)
+            self.log_metric("rwr/optimism", inflation.mean().item())
         return samples.nanmean(dim=0)
 
     def assign_credit(self, rollout: Rollout) -> Tensor:

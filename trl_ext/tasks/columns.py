@@ -37,7 +37,8 @@ def check_prompt_only(dataset: "Dataset | IterableDataset", name: str) -> None:
         raise DataError(f"The dataset {name} is empty: it has no row to train on.")
     columns = sorted(dataset.column_names or first)
     for column, kind in OTHER_TYPES.items():
-        if column in columns:
+        # Beside a prompt only `completion` is in the way; TRL hands the others to the rewards.
+        if column in columns and (column == "completion" or "prompt" not in columns):
             raise DataError(
                 f"The dataset {name} has the column {column!r}, which makes it {kind}. Columns: "
                 f"{', '.join(columns)}. This trainer samples completions itself and needs prompts "

@@ -189,6 +189,25 @@ def test_a_group_divides_the_batch(write, monkeypatch, text, batch, near):
     assert line.endswith(f"nearest group size: {near}")
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("num_generations: 4\neval_on_start: true\nper_device_eval_batch_size: 6", "6 (per"),
+        ("num_generations: 4\neval_strategy: steps\nper_device_eval_batch_size: 6", "6 (per"),
+        ("num_generations: 4\nper_device_eval_batch_size: 6", None),
+        ("eval_on_start: true\nper_device_eval_batch_size: 6\nnum_generations_eval: 3", None),
+    ],
+)
+def test_an_evaluation_group_divides_its_batch(write, text, problem):
+    write("r.yaml", text + "\n")
+    if problem is None:
+        read_recipe("r.yaml")
+        return
+    (line,) = findings_of("r.yaml")
+    assert f"does not divide the evaluation batch of {problem}" in line
+    assert line.endswith("nearest batch size: 8")
+
+
 def test_launched_processes_count(write, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     write("r.yaml", "num_generations: 24\n")

@@ -214,6 +214,16 @@ def test_a_slow_coroutine_is_stopped():
         asyncio.run(call(guarded(reward, "mine", timeout=0.1)))
 
 
+def test_the_slowest_completion_is_named():
+    def reward(completions, **columns):
+        for text in completions:
+            time.sleep(0.3 if text == COMPLETIONS[1] else 0.0)
+        return [0.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"slowest takes 0\.\d s or more\. Sample 1 of 3"):
+        call(guarded(reward, "mine", timeout=0.2))
+
+
 def test_an_async_rewards_own_timeout_is_its_failure():
     async def reward(**columns):
         raise TimeoutError("the server")
