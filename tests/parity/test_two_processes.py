@@ -42,6 +42,9 @@ def test_two_processes_are_one(name, group, model_path, tmp_path):
     for ours, theirs in zip(two["history"], one["history"], strict=True):
         assert ours.keys() == theirs.keys()
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-        assert ours["reward"] == pytest.approx(theirs["reward"], rel=1e-5)
+        for metric in (key for key in theirs if key.startswith(("reward", "rwr/"))):
+            assert ours[metric] == pytest.approx(theirs[metric], rel=1e-4, abs=1e-6), metric
+    # Adam divides by √v: where a gradient is near 0, rounding moves a parameter by up to a percent
+    # of the step of 1e-2.
     for parameter, value in one["parameters"].items():
-        torch.testing.assert_close(two["parameters"][parameter], value, rtol=0, atol=1e-5)
+        torch.testing.assert_close(two["parameters"][parameter], value, rtol=0, atol=1e-4)

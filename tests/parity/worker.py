@@ -69,6 +69,7 @@ def main(name: str, model: str, output: str, group: int) -> None:
         history = [log for log in trainer.state.log_history if "grad_norm" in log]
         parameters = {n: p.detach() for n, p in trainer.model.named_parameters()}
         torch.save({"parameters": parameters, "history": history}, output)
+    trainer.accelerator.wait_for_everyone()
     trainer.end()
 
 

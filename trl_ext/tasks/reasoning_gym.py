@@ -161,9 +161,13 @@ class _Source:
     def check_stored(self, entry: dict[str, Any]) -> None:
         """Refuse a task whose verifier judges a stored entry differently from the drawn one."""
         judge = self._generator(seed=0, size=1)
-        stored = json.loads(json.dumps(entry))
-        if judge.score_answer(entry["answer"], entry) != judge.score_answer(
-            entry["answer"], stored
+        try:
+            stored = json.loads(json.dumps(entry))
+        except TypeError:
+            stored = None
+        answer = entry["answer"]
+        if stored is None or judge.score_answer(answer, entry) != judge.score_answer(
+            answer, stored
         ):
             raise DataError(
                 f"reasoning_gym/{self.task} cannot be used: its verifier needs Python objects that "
