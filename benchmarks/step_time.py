@@ -1,10 +1,10 @@
 """Seconds a step and peak memory: RWR here against `trl.GRPOTrainer`, in one process, in turn.
 
 Both train the same model on the same prompts from the same seed. Each repetition
-runs one after the other, A B A B …, so that a machine whose speed drifts slows both; the ratio is
+runs them in turn, A B, B A, A B, …, so that a machine whose speed drifts slows both; the ratio is
 taken pair by pair.
 
-    python benchmarks/step_time.py [--repeats 5] [--steps 6] [--model bundled:smollm2-135m-instruct]
+    python benchmarks/step_time.py [--repeats 5] [--steps 4] [--model bundled:smollm2-135m-instruct]
 """
 
 import argparse
@@ -137,7 +137,8 @@ def main() -> None:
     model = resolve_model(options.model)
     measured: dict[str, list[Clock]] = {case: [] for case in CASES}
     for repeat in range(options.repeats):
-        for case in CASES:
+        # There and back again, so that coming first or last favours nobody.
+        for case in list(CASES)[:: -1 if repeat % 2 else 1]:
             measured[case].append(run(case, model, prompts, options.steps, seed=repeat))
     report(measured, vars(options))
 
@@ -166,7 +167,7 @@ def report(measured: dict[str, list[Clock]], options: dict[str, Any]) -> None:
     record = {"options": options, "environment": environment(), "rows": rows}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"Written to {RESULTS.relative_to(Path.cwd())}")
+    print(f"Written to {RESULTS}")
 
 
 def _span(values: list[float], digits: int) -> str:
