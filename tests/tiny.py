@@ -1,6 +1,7 @@
 """A transformer that trains in milliseconds, with a tokenizer and data, for tests of trainers."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -77,7 +78,7 @@ def count_a(completions: list[str], **kwargs) -> list[float]:
 
 
 # What keeps a test run on a CPU short and quiet.
-QUIET = {
+QUIET: dict[str, Any] = {
     "use_cpu": True,
     "bf16": False,
     "report_to": "none",

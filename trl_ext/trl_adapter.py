@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerState
 from trl import GRPOConfig as TRLGRPOConfig
@@ -204,9 +205,9 @@ class PolicyTrainer(TRLGRPOTrainer):
         None marks a completion that no reward function scored.
         """
         # Several processes fill up their last batch with the first prompts again.
-        sized = hasattr(self.eval_dataset, "__len__") and not isinstance(self.eval_dataset, Mapping)
         prompts = torch.cat(self._evaluation_rewards).tolist()
-        prompts = prompts[: len(self.eval_dataset)] if sized else prompts
+        if isinstance(self.eval_dataset, Dataset):
+            prompts = prompts[: len(self.eval_dataset)]
         return [[None if math.isnan(reward) else reward for reward in group] for group in prompts]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -326,8 +327,9 @@ class PolicyTrainer(TRLGRPOTrainer):
         # TRL's sampler draws the order of each epoch from one generator: on resume, draw those of
         # the epochs that are over.
         epochs_trained, steps_trained = super()._init_training_state(*args, **kwargs)
-        for _ in range(epochs_trained if self._train_sampler is not None else 0):
-            next(iter(self._train_sampler), None)
+        if self._train_sampler is not None:
+            for _ in range(epochs_trained):
+                next(iter(self._train_sampler), None)
         return epochs_trained, steps_trained
 
     @property

@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,7 +97,11 @@ def make_spy(tmp_path):
     path = save_tiny_llama(tmp_path / "model")
 
     def make(**options) -> Spy:
-        settings = QUIET | {"per_device_train_batch_size": 8, "num_generations": 4, "max_steps": 1}
+        settings: dict[str, Any] = QUIET | {
+            "per_device_train_batch_size": 8,
+            "num_generations": 4,
+            "max_steps": 1,
+        }
         args = PolicyConfig(str(tmp_path / "out"), **(settings | options))
         return Spy(path, count_a, args, prompts())
 

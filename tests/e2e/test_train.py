@@ -6,6 +6,7 @@ import resource
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -24,6 +25,13 @@ def parameters(output_dir: Path, name: str = "model"):
 
 def same(ours, theirs) -> bool:
     return ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in theirs)
+
+
+def found(pattern: str, text: str) -> str:
+    """What the one group of a pattern matches in a text."""
+    match = re.search(pattern, text)
+    assert match, f"{pattern!r} is not in: {text}"
+    return match[1]
 
 
 def wait_for(path: Path, seconds: float = 120) -> None:
@@ -46,7 +54,7 @@ def test_a_run_leaves_its_record_and_a_model_that_plain_transformers_loads(
     steps = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in steps if "grad_norm" in row] == [*range(1, 7)]
     assert (output_dir / "README.md").is_file(), "model card"
-    model = AutoModelForCausalLM.from_pretrained(output_dir)
+    model: Any = AutoModelForCausalLM.from_pretrained(output_dir)
     tokenizer = AutoTokenizer.from_pretrained(output_dir)
     ids = model.generate(**tokenizer("abc>", return_tensors="pt"), max_new_tokens=3)
     assert ids.shape[1] > 4
@@ -111,10 +119,10 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_resume(
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
-    step = int(re.search(r"Stopped at step (\d+)", err)[1])
+    step = int(found(r"Stopped at step (\d+)", err))
     assert 1 <= step < 6
     assert (tmp_path / "stopped" / f"checkpoint-{step}" / "trainer_state.json").is_file()
-    resume = re.search(r"trl_ext (train \S+ --resume)", err)[1].split()
+    resume = found(r"trl_ext (train \S+ --resume)", err).split()
     assert run(*resume)[0] == 0
     assert same(parameters(tmp_path / "stopped"), parameters(tmp_path / "whole"))
 
@@ -153,7 +161,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(command, write_recipe, tmp_pa
     assert process.returncode == 1
     assert "Traceback" not in err
     assert re.search(r"Saving at step \d+ failed", err)
-    newest = Path(re.search(r"newest complete checkpoint is (\S+);", err)[1])
+    newest = Path(found(r"newest complete checkpoint is (\S+);", err))
     assert (newest / "trainer_state.json").is_file()
     left = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
     assert int(newest.name.split("-")[1]) == max(int(name.split("-")[1]) for name in left)

@@ -1,6 +1,7 @@
 """Reward-weighted regression judged by enumeration."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def start(tmp_path) -> str:
 
 
 def rwr_trainer(start: str, group: int, groups: int = 1, callbacks=None, **options):
-    settings = QUIET | {
+    settings: dict[str, Any] = QUIET | {
         "output_dir": start + "-trained",
         "max_completion_length": SHAPE.max_completion_length,
         "num_generations": group,
@@ -68,6 +69,7 @@ class KeepGradients(TrainerCallback):
         self.gradients = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        assert model is not None
         self.gradients.append(model.model.table.weight.grad.clone().double())
 
 

@@ -1,6 +1,7 @@
 """With default hooks `PolicyTrainer` is `trl.GRPOTrainer`, number for number."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ def model_path(tmp_path_factory) -> str:
 
 def trained(trainer_class, config_class, model_path, tmp_path, lora=False, **options):
     """Losses and gradient norms of each step, and the parameters after the last."""
-    settings = QUIET | {"max_steps": STEPS, "learning_rate": 1e-2, "num_generations": 4} | options
+    settings: dict[str, Any] = (
+        QUIET | {"max_steps": STEPS, "learning_rate": 1e-2, "num_generations": 4} | options
+    )
     trainer = trainer_class(
         model=model_path,
         reward_funcs=count_a,

@@ -8,6 +8,7 @@ sampling is the same however the rows are spread over processes.
 
 import os
 import sys
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -48,7 +49,7 @@ def rollout(prompts, trainer):
 def main(name: str, model: str, output: str, group: int) -> None:
     trainer_class, options, lora = TRAINERS[name]
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    settings = QUIET | {
+    settings: dict[str, Any] = QUIET | {
         "per_device_train_batch_size": GLOBAL_BATCH // processes,
         "num_generations": group,
         "max_steps": 4,
@@ -74,4 +75,5 @@ def main(name: str, model: str, output: str, group: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], int(sys.argv[4]))
+    _, name, model, output, group = sys.argv
+    main(name, model, output, int(group))

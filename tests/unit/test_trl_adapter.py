@@ -1,5 +1,7 @@
 """What `PolicyTrainer` adds to TRL: stops, checks, NF4 gradients, resume, evaluation rewards."""
 
+from typing import Any
+
 import pytest
 import torch
 from datasets import Dataset, load_dataset
@@ -20,7 +22,11 @@ def model_path(tmp_path_factory) -> str:
 
 
 def make(model_path, tmp_path, *, trainer=PolicyTrainer, parts=None, **options):
-    settings = QUIET | {"per_device_train_batch_size": 8, "num_generations": 4, "max_steps": 2}
+    settings: dict[str, Any] = QUIET | {
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_steps": 2,
+    }
     args = trainer.config_class(str(tmp_path / "out"), **(settings | options))
     parts = {"reward_funcs": count_a, "train_dataset": prompts()} | (parts or {})
     if not isinstance(model_path, str):
@@ -47,7 +53,8 @@ def test_a_stop_string_that_no_token_contains_is_refused(model_path, tmp_path):
 
 def test_the_args_of_trl_are_refused_by_name(model_path, tmp_path):
     with pytest.raises(ConfigError, match=r"RWRTrainer takes .* RWRConfig, got GRPOConfig"):
-        RWRTrainer(model_path, count_a, GRPOConfig(str(tmp_path), **QUIET), prompts())
+        args: Any = GRPOConfig(str(tmp_path), **QUIET)
+        RWRTrainer(model_path, count_a, args, prompts())
 
 
 def test_a_dataset_without_prompts_is_refused_before_a_model_is_loaded(tmp_path):

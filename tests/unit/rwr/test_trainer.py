@@ -1,6 +1,7 @@
 """What `RWRTrainer` makes of rewards: weights, dropped groups, metrics, on hand-made rollouts."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,11 @@ def model_path(tmp_path_factory) -> str:
 @pytest.fixture
 def make(model_path, tmp_path):
     def trainer(reward=count_a, **options) -> RWRTrainer:
-        settings = QUIET | {"per_device_train_batch_size": 8, "num_generations": 4, "max_steps": 1}
+        settings: dict[str, Any] = QUIET | {
+            "per_device_train_batch_size": 8,
+            "num_generations": 4,
+            "max_steps": 1,
+        }
         args = RWRConfig(str(tmp_path / "out"), **(settings | options))
         made = RWRTrainer(model_path, reward, args, prompts())
         made.model.train()
