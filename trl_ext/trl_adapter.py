@@ -308,9 +308,10 @@ class PolicyTrainer(TRLGRPOTrainer):
     def _load_rng_state(self, checkpoint):
         super()._load_rng_state(checkpoint)
         if checkpoint is not None and os.path.isfile(self._rollout_file(checkpoint)):
-            rollout = torch.load(
-                self._rollout_file(checkpoint), map_location=self.args.device, weights_only=True
-            )
+            # The second CPU process has the device "cpu:1", which torch.load does not know.
+            device = self.args.device if self.args.device.type != "cpu" else "cpu"
+            file = self._rollout_file(checkpoint)
+            rollout = torch.load(file, map_location=device, weights_only=True)
             if rollout["num_processes"] != self.accelerator.num_processes:
                 raise RunError(
                     f"{checkpoint} was written by {rollout['num_processes']} processes and cannot "

@@ -54,9 +54,9 @@ def test_plugin_cannot_replace_a_builtin_name(plugin):
     with pytest.raises(PluginError) as caught:
         make(root="math:sqrt").names()
     assert str(caught.value) == (
-        "A plugin registers the shape name 'root' -> 'math:tau' in the entry-point group "
-        "'trl_ext.test_shapes', but trl_ext has a built-in shape of that name. "
-        "Rename the plugin's entry point."
+        "The shape name 'root' stands for 'math:sqrt' already, and a plugin registers it for "
+        "'math:tau' in the entry-point group 'trl_ext.test_shapes'. Rename the plugin's entry "
+        "point."
     )
 
 
@@ -98,12 +98,12 @@ def test_target_that_cannot_be_loaded_says_why(target, reason):
     assert isinstance(caught.value.__cause__, ImportError | AttributeError)
 
 
-def test_error_inside_a_plugin_is_not_disguised(tmp_path, monkeypatch):
-    """Only a failed import becomes a PluginError: a bug in the module keeps its own traceback."""
+def test_error_inside_a_plugin_keeps_its_name_and_traceback(tmp_path, monkeypatch):
     (tmp_path / "toy_broken.py").write_text("1 / 0")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(PluginError, match="ZeroDivisionError: division by zero") as caught:
         make().load("toy_broken:x")
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
 @pytest.mark.parametrize("table", [TRAINERS, REWARDS, KL_ESTIMATORS], ids=lambda table: table.kind)
