@@ -28,7 +28,7 @@ from trl_ext.record import (
     last_checkpoint,
 )
 from trl_ext.registry import TRAINERS
-from trl_ext.report import before_after_table, held_out_gain
+from trl_ext.report import before_after_table, held_out_gains
 from trl_ext.rewards import build_rewards
 from trl_ext.tasks import load_splits
 from trl_ext.trl_adapter import load_checkpoint
@@ -228,9 +228,9 @@ def _finish(trainer: Trainer, record: RunRecord) -> None:
     trainer.accelerator.wait_for_everyone()
     trainer.end()
     if record.writes:
-        gain = held_out_gain(record)
-        if gain:
-            print(f"\n{before_after_table(gain)}\n")
+        gains = held_out_gains(record)
+        if gains:
+            print(f"\n{before_after_table(gains)}\n")
         print(_how_to_use(record.output_dir))
 
 

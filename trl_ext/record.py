@@ -16,6 +16,7 @@ from typing import Any
 
 from trl_ext.environment import environment
 from trl_ext.errors import RunError
+from trl_ext.recipe.secrets import hide_secrets
 
 RECIPE = "recipe.yaml"
 ENVIRONMENT = "environment.json"
@@ -73,7 +74,7 @@ class RunRecord:
         if not self.writes:
             return
         (self.output_dir / RECIPE).write_text(recipe_yaml)
-        record = environment() | {"command": sys.argv}
+        record = environment() | {"command": hide_secrets(sys.argv)}
         (self.output_dir / ENVIRONMENT).write_text(json.dumps(record, indent=2) + "\n")
 
     def append(self, file: str, row: dict[str, Any]) -> None:

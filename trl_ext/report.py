@@ -1,6 +1,7 @@
 """A run's record -> what its user sees at the end."""
 
 import math
+from collections.abc import Callable
 from statistics import fmean, stdev
 from typing import NamedTuple
 
@@ -10,12 +11,14 @@ from trl_ext.record import EVALUATIONS, RunRecord
 _Z = 1.96
 _FEW = 30
 
+_Rewards = list[list[float | None]]
+
 
 class Gain(NamedTuple):
-    """Held-out mean reward before and after training, paired by prompt.
+    """A held-out mean before and after training, paired by prompt.
 
     Attributes:
-        before, after: mean reward over all held-out completions.
+        before, after: mean over prompts of the mean over a prompt's completions.
         gain: after − before.
         half_width: of the 95% confidence interval of the gain, from the spread over prompts.
         prompts, completions: how many were evaluated, each time.
@@ -30,14 +33,67 @@ class Gain(NamedTuple):
     completions: int
     step: int
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% confidence interval of the gain."""
+        return self.gain - self.half_width, self.gain + self.half_width
 
-def held_out_gain(record: RunRecord) -> Gain | None:
-    """What the first and the last evaluation of a run say; None if there are not two."""
+
+def held_out_gains(record: RunRecord) -> dict[str, Gain]:
+    """What the first and the last evaluation of a run say; nothing if there are not two.
+
+    Returns:
+        "reward"; and "accuracy", the share of completions with reward 1, where rewards lie in
+        [0, 1] and some reach 1. Where all are 0 or 1 the two are one: "accuracy".
+    """
     evaluations = record.rows(EVALUATIONS)
     if len(evaluations) < 2 or evaluations[0]["step"] != 0:
-        return None
+        return {}
     first, last = evaluations[0]["rewards"], evaluations[-1]["rewards"]
-    pairs = [(_mean(before), _mean(after)) for before, after in zip(first, last, strict=True)]
+    given = {reward for group in [*first, *last] for reward in group if reward is not None}
+    measures: dict[str, Callable[[float], float]] = {}
+    if not given <= {0, 1}:
+        measures["reward"] = float
+    if 1 in given and all(0 <= reward <= 1 for reward in given):
+        measures["accuracy"] = lambda reward: float(reward == 1)
+    gains = {
+        name: _gain(first, last, measure, evaluations[-1]["step"])
+        for name, measure in (measures or {"reward": float}).items()
+    }
+    return {name: gain for name, gain in gains.items() if gain}
+
+
+def before_after_table(gains: dict[str, Gain]) -> str:
+    """The gains as a small table for the terminal."""
+    lines = [
+        "Held-out prompts, which training never saw",
+        f"  {'':8}   before    after     gain   95% interval",
+    ]
+    for name, gain in gains.items():
+        low, high = gain.interval
+        lines.append(
+            f"  {name:8}  {gain.before:7.3f}  {gain.after:7.3f}  {gain.gain:+7.3f}   "
+            f"{low:+.3f} to {high:+.3f}"
+        )
+        if low <= 0 <= high:
+            lines.append("  The interval contains 0: this run does not show a gain.")
+    any_gain = next(iter(gains.values()))
+    lines.append(
+        f"  on {any_gain.prompts} prompts, {any_gain.completions} sampled completions each time; "
+        f"after = step {any_gain.step}"
+    )
+    if any_gain.prompts < _FEW:
+        lines.append(f"  Fewer than {_FEW} prompts: the interval is only a rough guide.")
+    return "\n".join(lines)
+
+
+def _gain(
+    first: _Rewards, last: _Rewards, measure: Callable[[float], float], step: int
+) -> Gain | None:
+    pairs = [
+        (_mean(before, measure), _mean(after, measure))
+        for before, after in zip(first, last, strict=True)
+    ]
     pairs = [pair for pair in pairs if not any(map(math.isnan, pair))]
     if len(pairs) < 2:
         return None
@@ -49,27 +105,10 @@ def held_out_gain(record: RunRecord) -> Gain | None:
         half_width=_Z * stdev(gains) / len(gains) ** 0.5,
         prompts=len(pairs),
         completions=sum(map(len, last)),
-        step=evaluations[-1]["step"],
+        step=step,
     )
 
 
-def before_after_table(gain: Gain) -> str:
-    """The gain as a small table for the terminal."""
-    low, high = gain.gain - gain.half_width, gain.gain + gain.half_width
-    lines = [
-        "Held-out reward (prompts that training never saw)",
-        f"  before      {gain.before:7.3f}",
-        f"  after       {gain.after:7.3f}   ({gain.step} steps)",
-        f"  gain        {gain.gain:+7.3f}   95% interval {low:+.3f} to {high:+.3f}",
-        f"  measured on {gain.prompts} prompts, {gain.completions} sampled completions each time",
-    ]
-    if low <= 0 <= high:
-        lines.append("  The interval contains 0: this run does not show a gain.")
-    if gain.prompts < _FEW:
-        lines.append(f"  Fewer than {_FEW} prompts: the interval is only a rough guide.")
-    return "\n".join(lines)
-
-
-def _mean(rewards: list[float | None]) -> float:
-    scored = [reward for reward in rewards if reward is not None]
+def _mean(rewards: list[float | None], measure: Callable[[float], float]) -> float:
+    scored = [measure(reward) for reward in rewards if reward is not None]
     return fmean(scored) if scored else math.nan

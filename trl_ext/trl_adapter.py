@@ -213,6 +213,9 @@ class PolicyTrainer(TRLGRPOTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `transformers.Trainer.evaluate`; keeps every reward for `evaluation_rewards`."""
         self._evaluation_rewards = []
+        # The order of prompts is drawn from the seed when a loader is made: one that persistent
+        # workers keep would go on drawing, and evaluations could not be paired by prompt.
+        self.__dict__.pop("_eval_dataloaders", None)
         return super().evaluate(*args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

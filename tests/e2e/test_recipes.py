@@ -25,6 +25,6 @@ def test_two_steps(name, byte_llama, tmp_path, capsys):
         "max_completion_length=4",
     ]
     train(read_recipe(name, settings))
-    assert "Held-out reward" in capsys.readouterr().out
+    assert "Held-out prompts" in capsys.readouterr().out
     weights = ("adapter_model.safetensors", "model.safetensors")
     assert any((tmp_path / "out" / file).is_file() for file in weights)

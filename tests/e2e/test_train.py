@@ -46,7 +46,7 @@ def test_a_run_leaves_its_record_and_a_model_that_plain_transformers_loads(
 ):
     code, out, err = run("train", write_recipe(), "eval_on_start=true")
     assert code == 0, err
-    assert "Held-out reward" in out and "95% interval" in out
+    assert "Held-out prompts" in out and "95% interval" in out
     assert "The model is in" in out
     output_dir = tmp_path / "run"
     assert yaml.safe_load((output_dir / "recipe.yaml").read_text())["trainer"] == "rwr"
@@ -98,11 +98,16 @@ def test_killed_at_any_step_and_resumed_a_run_ends_with_the_same_parameters(
 
 def test_a_half_written_checkpoint_is_passed_over(run, write_recipe, tmp_path):
     recipe = write_recipe()
-    assert run("train", recipe, "max_steps=3")[0] == 0
-    state = tmp_path / "run" / "checkpoint-3" / "trainer_state.json"
+    assert run("train", recipe, "max_steps=4")[0] == 0
+    whole = parameters(tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    (checkpoint / "model.safetensors").write_bytes(b"half")
+    state = checkpoint / "trainer_state.json"
     state.write_text(state.read_text()[:40])
     code, _, err = run("train", recipe, "max_steps=4", "--resume")
     assert code == 0, err
+    assert same(parameters(tmp_path / "run"), whole)
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows if "grad_norm" in row] == [1, 2, 3, 4]
 
@@ -151,8 +156,10 @@ def test_a_reward_that_raises_names_itself_the_sample_and_the_checkpoint(run, wr
     assert "Traceback" not in err
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint(command, write_recipe, tmp_path):
+def test_a_full_disk_leaves_the_earlier_checkpoint(command, run, write_recipe, tmp_path):
     """No file may grow over 60 kB once the first checkpoint (adapter and optimizer) is there."""
+    whole = run("train", write_recipe("whole"))
+    assert whole[0] == 0, whole[2]
     recipe = write_recipe()
     process = command("train", recipe, REWARD_SECONDS="2")
     wait_for(tmp_path / "run" / "checkpoint-1" / "trainer_state.json")
@@ -165,6 +172,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(command, write_recipe, tmp_pa
     assert (newest / "trainer_state.json").is_file()
     left = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
     assert int(newest.name.split("-")[1]) == max(int(name.split("-")[1]) for name in left)
+    code, _, err = run("train", recipe, "--resume")  # with room again
+    assert code == 0, err
+    assert same(parameters(tmp_path / "run"), parameters(tmp_path / "whole"))
 
 
 def test_a_trainer_that_takes_no_reward_says_so(run, tmp_path, byte_llama):
@@ -201,7 +211,7 @@ def test_two_processes_train_stop_and_resume(command, run, write_recipe, tmp_pat
     two = ("num_processes=2", "per_device_train_batch_size=4", "eval_on_start=true")
     whole = run("train", write_recipe("whole"), *two)
     assert whole[0] == 0, whole[2][-9000:]
-    assert "Held-out reward" in whole[1]
+    assert "Held-out prompts" in whole[1]
     recipe = write_recipe("killed")
     process = command("train", recipe, *two, REWARD_SECONDS="1")
     wait_for(tmp_path / "killed" / "checkpoint-3" / "trainer_state.json")

@@ -89,6 +89,30 @@ def test_evaluation_rewards_are_kept_by_prompt(model_path, tmp_path):
     assert len(trainer.evaluation_rewards()) == 6, "an evaluation starts anew"
 
 
+def test_evaluations_under_persistent_workers_meet_the_prompts_in_one_order(model_path, tmp_path):
+    seen: list[list[str]] = []
+
+    def reward(prompts, completions, **kwargs):
+        seen[-1].extend(prompts)
+        return count_a(completions)
+
+    dataset = Dataset.from_dict({"prompt": ["a", "b", "c", "aa", "bb", "cc"]})
+    trainer = make(
+        model_path,
+        tmp_path,
+        num_generations_eval=1,
+        per_device_eval_batch_size=2,
+        eval_strategy="steps",
+        dataloader_num_workers=1,
+        dataloader_persistent_workers=True,
+        parts={"eval_dataset": dataset, "reward_funcs": reward},
+    )
+    for _ in range(2):
+        seen.append([])
+        trainer.evaluate()
+    assert seen[0] == seen[1] and len(seen[0]) == 6
+
+
 def test_credit_may_be_per_token(model_path, tmp_path):
     class TokenCredit(PolicyTrainer):
         def assign_credit(self, rollout):

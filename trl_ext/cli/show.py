@@ -37,7 +37,9 @@ def _json(recipe: Recipe, defaults: dict[str, Any]) -> str:
     origins = {key: str(origin) for key, origin in recipe.origins.items()}
     known = {key: value for key, value in defaults.items() if _is_literal(value)}
     result = {"values": recipe.settings(), "origins": origins}
-    return json.dumps(result | ({"defaults": known} if defaults else {}), indent=2)
+    text = json.dumps(result | ({"defaults": known} if defaults else {}))
+    # JSON has no infinity: a string instead of what only Python would read.
+    return json.dumps(json.loads(text, parse_constant=str), indent=2)
 
 
 def _yaml(recipe: Recipe, defaults: dict[str, Any]) -> str:

@@ -13,13 +13,16 @@ import sys
 from pathlib import Path
 
 from trl_ext.cli.launcher import launch_command, wants_processes
+from trl_ext.errors import ConfigError
 from trl_ext.recipe import read_recipe
+from trl_ext.recipe.secrets import hide_secrets
+from trl_ext.recipe.shipped import recipe_names
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments; everything else is an override."""
     parser.usage = "%(prog)s RECIPE [--resume [CHECKPOINT]] [--overwrite] [key=value ...]"
-    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    parser.add_argument("recipe", nargs="?", help="a YAML file, or the name of a shipped recipe")
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -35,19 +38,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train here, or replace this process by a launcher that runs this command several times."""
-    if isinstance(args.resume, str) and "=" in args.resume and not Path(args.resume).exists():
-        args.overrides.insert(0, args.resume)  # `--resume key=value`
-        args.resume = True
+    _give_back_what_resume_took(args)
+    if args.recipe is None:
+        raise ConfigError(
+            "train: no recipe is given. Name a YAML file, or a shipped recipe such as "
+            "rwr/quickstart; `trl_ext ls` lists them."
+        )
     recipe = read_recipe(args.recipe, args.overrides)
     os.environ.update(recipe.env)  # before torch and tokenizers read theirs
     if wants_processes(recipe.launcher) and "LOCAL_RANK" not in os.environ:
         command = launch_command(recipe, _arguments(args))
-        print("Launching:", " ".join(command), file=sys.stderr, flush=True)
+        print("Launching:", " ".join(hide_secrets(command)), file=sys.stderr, flush=True)
         os.execv(command[0], command)
     from trl_ext.launch import train
 
     train(recipe, resume=args.resume, overwrite=args.overwrite)
     return 0
+
+
+def _give_back_what_resume_took(args: argparse.Namespace) -> None:
+    """`--resume` may be followed by a checkpoint, but also by the recipe or by an override."""
+    after = args.resume
+    if not isinstance(after, str) or Path(after).is_dir():
+        return
+    if "=" in after:
+        args.overrides.insert(0, after)
+        args.resume = True
+    elif after.endswith((".yaml", ".yml")) or after in recipe_names():
+        # The recipe's place was taken by the first override, if there is one.
+        args.overrides[:0] = [args.recipe] if args.recipe else []
+        args.recipe, args.resume = after, True
 
 
 def _arguments(args: argparse.Namespace) -> list[str]:

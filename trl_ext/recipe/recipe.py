@@ -24,6 +24,7 @@ from trl_ext.recipe.schema import (
     config_fields,
     refused_options,
 )
+from trl_ext.recipe.secrets import is_secret
 from trl_ext.recipe.shipped import find_recipe
 from trl_ext.recipe.yaml_reader import Entries, write_yaml
 
@@ -69,8 +70,15 @@ class Recipe:
         return {name: value for name, value in every.items() if name not in self.values}
 
     def to_yaml(self) -> str:
-        """The resolved recipe, itself a recipe that reads back to the same values."""
-        return write_yaml(self.settings())
+        """The resolved recipe, itself a recipe that reads back to the same values.
+
+        Secrets are left out, so that a record can be shared: `hub_token`, and variables of `env`
+        whose names end as those of tokens and keys do.
+        """
+        public = {key: value for key, value in self.settings().items() if not is_secret(key)}
+        env = {name: text for name, text in self.env.items() if not is_secret(f"env.{name}")}
+        public.pop("env", None)
+        return write_yaml(public | ({"env": env} if env else {}))
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

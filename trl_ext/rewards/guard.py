@@ -71,8 +71,8 @@ def _guarded_sync(
             with deadline(name, len(completions), timeout):
                 values = reward_func(prompts=prompts, completions=completions, **columns)
         except RewardTimeout as failure:
-            slowest = _slowest(reward_func, name, timeout, prompts, completions, columns)
-            raise RewardTimeout(f"{failure} {slowest}") from None
+            found = slowest(prompts, completions, columns)
+            raise RewardTimeout(f"{failure} {found}") from None
         except RewardError:
             raise
         except Exception as failure:
@@ -91,23 +91,22 @@ def _guarded_sync(
             return NOT_FOUND
         return NO_CULPRIT
 
+    def slowest(prompts: list, completions: list, columns: dict[str, Any]) -> str:
+        starts = [time.monotonic()]
+        with contextlib.suppress(Exception), deadline(name, len(completions), timeout):
+            for sample in _samples(prompts, completions, columns):
+                reward_func(**sample)
+                starts.append(time.monotonic())
+        return _slowest(starts, prompts, completions)
+
     return reward
 
 
-def _slowest(
-    reward_func: Callable[..., Any],
-    name: str,
-    timeout: float | None,
-    prompts: list,
-    completions: list,
-    columns: dict[str, Any],
-) -> str:
-    """The completion that takes longest when it is scored alone, within the same limit again."""
-    starts = [time.monotonic()]
-    with contextlib.suppress(Exception), deadline(name, len(completions), timeout):
-        for sample in _samples(prompts, completions, columns):
-            reward_func(**sample)
-            starts.append(time.monotonic())
+def _slowest(starts: list[float], prompts: list, completions: list) -> str:
+    """The completion that takes longest when scored alone, within the same limit again.
+
+    `starts`: when each was begun, in seconds; the last may have been stopped.
+    """
     if len(starts) <= len(completions):  # stopped within a completion
         starts.append(time.monotonic())
     seconds = [end - start for start, end in itertools.pairwise(starts)]
@@ -125,6 +124,9 @@ def _guarded_async(
         try:
             async with async_deadline(name, len(completions), timeout):
                 values = await reward_func(prompts=prompts, completions=completions, **columns)
+        except RewardTimeout as failure:
+            found = await slowest(prompts, completions, columns)
+            raise RewardTimeout(f"{failure} {found}") from None
         except RewardError:
             raise
         except Exception as failure:
@@ -142,6 +144,15 @@ def _guarded_async(
         except RewardError:
             return NOT_FOUND
         return NO_CULPRIT
+
+    async def slowest(prompts: list, completions: list, columns: dict[str, Any]) -> str:
+        starts = [time.monotonic()]
+        with contextlib.suppress(Exception):
+            async with async_deadline(name, len(completions), timeout):
+                for sample in _samples(prompts, completions, columns):
+                    await reward_func(**sample)
+                    starts.append(time.monotonic())
+        return _slowest(starts, prompts, completions)
 
     return reward
 

@@ -97,9 +97,12 @@ class RWRTrainer(PolicyTrainer):
     def _log_weights(
         self, scores: Tensor, beta: float, weights: Tensor, keep: Tensor, uniform: Tensor
     ) -> None:
-        self.log_metric("rwr/effective_sample_size", effective_sample_size(weights).mean().item())
-        self.log_metric("rwr/weight_entropy", weight_entropy(weights).mean().item())
         self.log_metric("rwr/uniform_groups", uniform.float().mean().item())
+        # Dropped groups teach nothing: what the others weigh says whether β suits the reward.
+        used = weights[~uniform] if self.args.drop_uniform_groups else weights
+        if len(used):
+            self.log_metric("rwr/effective_sample_size", effective_sample_size(used).mean().item())
+            self.log_metric("rwr/weight_entropy", weight_entropy(used).mean().item())
         if beta > 0:
             self.log_metric("rwr/log_z", log_mean_exp(scores, beta, mask=keep).nanmean().item())
 

@@ -103,6 +103,15 @@ def test_ls(home, trl_ext):
     )
 
 
+def test_show_json_is_json_for_an_infinite_value_too(home, trl_ext):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    code, out, err = trl_ext("show", "rwr/first", "--json", "beta=.inf")
+    assert code == 0, err
+    assert json.loads(out, parse_constant=refuse)["values"]["beta"] == "Infinity"
+
+
 def test_ls_json(home, trl_ext):
     _, out, _ = trl_ext("ls", "--json")
     assert json.loads(out)["rwr/first"] == {

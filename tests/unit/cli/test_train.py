@@ -3,6 +3,7 @@
 import os
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,6 +45,28 @@ def test_arguments(calls, trl_ext, argv, resume, overwrite, seed):
     (call,) = calls
     assert (call["resume"], call["overwrite"]) == (resume, overwrite)
     assert call["recipe"].values["seed"] == seed
+
+
+@pytest.mark.parametrize(
+    ("argv", "seed"),
+    [
+        (["--resume", "rwr/first"], 7),
+        (["--resume", "rwr/first", "seed=1"], 1),
+        (["--resume", "mine.yaml", "seed=1"], 1),
+    ],
+)
+def test_resume_before_the_recipe_is_not_a_checkpoint(calls, trl_ext, home, argv, seed):
+    Path("mine.yaml").write_text(f"extends: {home / 'recipes/rwr/first.yaml'}\n")
+    code, _, err = trl_ext("train", *argv)
+    assert code == 0, err
+    assert calls[0]["resume"] is True
+    assert calls[0]["recipe"].values["seed"] == seed
+
+
+def test_no_recipe(calls, trl_ext):
+    code, _, err = trl_ext("train", "--resume")
+    assert code == 2 and "no recipe is given" in err
+    assert calls == []
 
 
 def test_the_environment_is_set_before_training(calls, trl_ext, monkeypatch):

@@ -224,6 +224,16 @@ def test_the_slowest_completion_is_named():
         call(guarded(reward, "mine", timeout=0.2))
 
 
+def test_the_slowest_completion_of_a_coroutine_is_named():
+    async def reward(completions, **columns):
+        for text in completions:
+            await asyncio.sleep(0.3 if text == COMPLETIONS[1] else 0.0)
+        return [0.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"slowest takes 0\.\d s or more\. Sample 1 of 3"):
+        asyncio.run(call(guarded(reward, "mine", timeout=0.2)))
+
+
 def test_an_async_rewards_own_timeout_is_its_failure():
     async def reward(**columns):
         raise TimeoutError("the server")

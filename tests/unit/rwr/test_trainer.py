@@ -55,16 +55,24 @@ def test_weights_and_their_metrics_by_hand(make):
     torch.testing.assert_close(weights[0], torch.tensor([1, 2, 4, 1]) / 8)
     assert weights[1].tolist() == [0.0] * 4
     assert metric(trainer, "rwr/uniform_groups") == 0.5
-    # 64/(1 + 4 + 16 + 1) and 4; entropies in nats; log Z = log(8/4) and 3 ln 2.
-    assert metric(trainer, "rwr/effective_sample_size") == pytest.approx((64 / 22 + 4) / 2)
-    first = -sum(w / 8 * math.log(w / 8) for w in (1, 2, 4, 1))
-    assert metric(trainer, "rwr/weight_entropy") == pytest.approx((first + math.log(4)) / 2)
+    # Of the group that is kept: 64/(1 + 4 + 16 + 1), entropy in nats. Of both: log Z = log(8/4)
+    # and 3 ln 2.
+    assert metric(trainer, "rwr/effective_sample_size") == pytest.approx(64 / 22)
+    entropy = -sum(w / 8 * math.log(w / 8) for w in (1, 2, 4, 1))
+    assert metric(trainer, "rwr/weight_entropy") == pytest.approx(entropy)
     assert metric(trainer, "rwr/log_z") == pytest.approx((math.log(2) + 3 * math.log(2)) / 2)
 
 
 def test_uniform_groups_count_like_any_other_if_they_are_kept(make):
     weights = credit(make(drop_uniform_groups=False), [[2.0] * 4, [0.0, 1.0, 0.0, 0.0]])
     assert weights[0].tolist() == [0.25] * 4
+
+
+def test_where_all_groups_are_dropped_there_is_no_effective_sample_size(make):
+    trainer = make()
+    credit(trainer, [[2.0] * 4])
+    assert "rwr/effective_sample_size" not in trainer._metrics["train"]
+    assert metric(trainer, "rwr/uniform_groups") == 1.0
 
 
 def test_unscored_and_emptied_completions_have_no_weight(make):
