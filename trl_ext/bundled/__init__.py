@@ -23,7 +23,7 @@ BUNDLED = {
     "char-reverse-1m": "trl_ext.bundled.char_reverse",
 }
 # Part of the cache path. Raise it when a builder changes, so that no older model is taken for new.
-FORMAT = "bundled-1"
+FORMAT = "bundled-2"
 
 __all__ = ["BUNDLED", "PREFIX", "cache_dir", "resolve_model"]
 

@@ -1,4 +1,4 @@
-"""Reversing short strings of letters: the task of the 1M-parameter character model.
+"""Reversing short strings of different letters: the task of the 1M-parameter character model.
 
 A prompt is the letters and an arrow ("abcd>"), the answer their reverse ("dcba").
 """
@@ -28,10 +28,14 @@ def is_held_out(letters: str) -> bool:
 
 
 def draw(rng: random.Random, *, held_out: bool = False) -> Iterator[str]:
-    """Endless random strings of one split, each length equally likely."""
+    """Endless random strings of one split, each length equally likely, no letter twice.
+
+    A repeated letter leaves open which of the two comes next: with repetitions a small model
+    learns more slowly.
+    """
     while True:
         length = rng.randint(MIN_LETTERS, MAX_LETTERS)
-        letters = "".join(rng.choices(string.ascii_lowercase, k=length))
+        letters = "".join(rng.sample(string.ascii_lowercase, k=length))
         if is_held_out(letters) == held_out:
             yield letters
 

@@ -21,6 +21,7 @@ def test_prompt_and_answer():
     for row in train:
         letters = row["prompt"].removesuffix(">")
         assert 3 <= len(letters) <= 6
+        assert len(set(letters)) == len(letters)
         assert row["answer"] == "".join(reversed(letters))
 
 
