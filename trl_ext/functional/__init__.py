@@ -1,5 +1,6 @@
 """Pure tensor mathematics: every formula of trl_ext, once, in torch alone."""
 
+from trl_ext.functional.advantages import gae, reward_to_go
 from trl_ext.functional.gibbs import (
     effective_sample_size,
     gibbs_weights,
@@ -8,12 +9,16 @@ from trl_ext.functional.gibbs import (
     prefix_log_ratio,
     weight_entropy,
 )
-from trl_ext.functional.kl import k1, k2, k3
+from trl_ext.functional.kl import exact_forward_kl, exact_kl, k1, k2, k3, topk_kl
 from trl_ext.functional.masking import masked_mean, masked_sum
-from trl_ext.functional.policy_loss import weighted_nll
+from trl_ext.functional.policy_loss import clipped_surrogate, value_loss, weighted_nll
 
 __all__ = [
+    "clipped_surrogate",
     "effective_sample_size",
+    "exact_forward_kl",
+    "exact_kl",
+    "gae",
     "gibbs_weights",
     "k1",
     "k2",
@@ -23,6 +28,9 @@ __all__ = [
     "masked_sum",
     "optimism",
     "prefix_log_ratio",
+    "reward_to_go",
+    "topk_kl",
+    "value_loss",
     "weight_entropy",
     "weighted_nll",
 ]

@@ -1,0 +1,100 @@
+"""Returns and advantages against loops that do one step at a time."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from trl_ext.functional import gae, reward_to_go
+
+FRACTIONS = st.sampled_from([0.0, 0.3, 0.9, 0.99, 1.0])
+
+
+def batch(seed: int, rows: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards, values and a mask with holes; garbage where the mask is 0."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards, values = torch.randn(2, rows, tokens, generator=generator, dtype=torch.float64)
+    mask = torch.rand(rows, tokens, generator=generator) < 0.7
+    return rewards.where(mask, torch.nan), values.where(mask, torch.inf), mask
+
+
+def policy_tokens(mask: Tensor, row: int) -> list[int]:
+    return mask[row].nonzero().flatten().tolist()
+
+
+@pytest.mark.equation("E33")
+@pytest.mark.equation("E36")
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 999), st.integers(1, 3), st.integers(1, 9), FRACTIONS)
+def test_reward_to_go_is_the_double_loop(seed, rows, tokens, gamma):
+    rewards, _, mask = batch(seed, rows, tokens)
+    result = reward_to_go(rewards, mask, gamma=gamma)
+    expected = torch.zeros_like(result)
+    for row in range(rows):
+        kept = policy_tokens(mask, row)
+        for i, t in enumerate(kept):
+            for steps, s in enumerate(kept[i:]):
+                expected[row, t] += gamma**steps * rewards[row, s]
+    torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.equation("E42")
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 999), st.integers(1, 3), st.integers(1, 9), FRACTIONS, FRACTIONS)
+def test_gae_is_the_recursion(seed, rows, tokens, gamma, lam):
+    rewards, values, mask = batch(seed, rows, tokens)
+    last = torch.arange(rows, dtype=torch.float64) - 1
+    advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam, last_values=last)
+    for row in range(rows):
+        advantage, following = 0.0, last[row].item()
+        for t in reversed(policy_tokens(mask, row)):
+            value = values[row, t].item()
+            advantage = rewards[row, t].item() + gamma * following - value + gamma * lam * advantage
+            following = value
+            assert advantages[row, t].item() == pytest.approx(advantage, abs=1e-12)
+            assert returns[row, t].item() == pytest.approx(advantage + value, abs=1e-12)
+    assert (advantages[~mask] == 0).all() and (returns[~mask] == 0).all()
+
+
+@pytest.mark.equation("E40")
+def test_lambda_0_is_the_td_error_by_hand():
+    """r = (1, 0, 2), V = (3, 5, 7), γ = ½: δ = (1 + 2.5 − 3, 3.5 − 5, 2 − 7)."""
+    rewards, values = torch.tensor([[1.0, 0.0, 2.0]]), torch.tensor([[3.0, 5.0, 7.0]])
+    advantages, _ = gae(rewards, values, torch.ones(1, 3), gamma=0.5, lam=0.0)
+    assert advantages.tolist() == [[0.5, -1.5, -5.0]]
+    bootstrapped, _ = gae(
+        rewards, values, torch.ones(1, 3), gamma=0.5, lam=0.0, last_values=torch.tensor([4.0])
+    )
+    assert bootstrapped.tolist() == [[0.5, -1.5, -3.0]]
+
+
+@pytest.mark.equation("E41")
+def test_lambda_1_is_the_return_minus_the_value():
+    rewards, values, mask = batch(seed=3, rows=4, tokens=50)
+    advantages, returns = gae(rewards, values, mask, gamma=0.9, lam=1.0)
+    to_go = reward_to_go(rewards, mask, gamma=0.9)
+    torch.testing.assert_close(returns, to_go)
+    torch.testing.assert_close(advantages[mask], (to_go - values)[mask])
+
+
+def test_half_precision_is_summed_in_float32():
+    """4096 rewards of 1 in bfloat16, whose neighbours above 256 are 2 apart."""
+    ones = torch.ones(1, 4096, dtype=torch.bfloat16)
+    result = reward_to_go(ones, torch.ones(1, 4096))
+    assert result.dtype == torch.float32
+    assert result[0].tolist() == list(range(4096, 0, -1))
+
+
+def test_no_gradient_flows_into_a_target():
+    values = torch.zeros(1, 3, requires_grad=True)
+    advantages, returns = gae(torch.ones(1, 3), values, torch.ones(1, 3), gamma=1.0, lam=0.9)
+    assert not advantages.requires_grad and not returns.requires_grad
+
+
+@pytest.mark.parametrize("gamma", [-0.1, 1.1, float("nan")])
+def test_bad_discount(gamma):
+    with pytest.raises(ValueError, match="gamma must be between 0 and 1"):
+        reward_to_go(torch.zeros(1, 1), torch.ones(1, 1), gamma=gamma)
+    with pytest.raises(ValueError, match="lam must be between 0 and 1"):
+        gae(*torch.zeros(3, 1, 1), gamma=1.0, lam=gamma)
