@@ -25,6 +25,7 @@ FLOORS = (
     ("errors",),
     ("registry",),
     ("oracle",),
+    ("kl_table",),
     ("tasks",),
     ("bundled",),
     ("rewards",),

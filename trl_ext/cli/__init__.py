@@ -30,6 +30,7 @@ COMMANDS = {
     "show": "Print the merged recipe, and where each value comes from.",
     "ls": "List the shipped recipes.",
     "cp": "Copy a shipped recipe, to change it.",
+    "kl-table": "Grade every KL penalty exactly, your own too.",
     "env": "Print versions and devices, for a bug report.",
 }
 _TAKE_OVERRIDES = ("train", "validate", "show")
@@ -62,7 +63,7 @@ def _run(argv: list[str]) -> int:
     parser = _parser()
     if not argv or argv[0] not in COMMANDS:
         parser.parse_args(argv or ["--help"])  # exits after --help and --version
-    command = importlib.import_module(f"trl_ext.cli.{argv[0]}")
+    command = importlib.import_module(f"trl_ext.cli.{argv[0].replace('-', '_')}")
     own = argparse.ArgumentParser(
         prog=f"trl_ext {argv[0]}",
         description=command.__doc__,

@@ -1,6 +1,6 @@
 """Pure tensor mathematics: every formula of trl_ext, once, in torch alone."""
 
-from trl_ext.functional.advantages import gae, reward_to_go
+from trl_ext.functional.advantages import gae, off_policy_credit, reward_to_go
 from trl_ext.functional.gibbs import (
     effective_sample_size,
     gibbs_weights,
@@ -26,6 +26,7 @@ __all__ = [
     "log_mean_exp",
     "masked_mean",
     "masked_sum",
+    "off_policy_credit",
     "optimism",
     "prefix_log_ratio",
     "reward_to_go",

@@ -76,6 +76,37 @@ def gae(
     return advantages, advantages + values
 
 
+def off_policy_credit(
+    rewards: Tensor, log_ratios: Tensor, mask: Tensor, *, gamma: float = 1.0
+) -> Tensor:
+    """(Π_{s≤t} ρ_s) Σ_{s≥t} γ^{s−t} r_s Π_{t<u≤s} ρ_u: reward-to-go from another policy's samples.
+
+    Times ∇log π_t, and averaged over samples of π_old, it is the policy gradient of π (Equation
+    E38): the past ratios make the prefix one of π, the later ones what follows.
+
+    Args:
+        rewards: (B, T) reward of each token.
+        log_ratios: (B, T) log ρ = log π − log π_old of the sampled tokens, nats.
+        mask: (B, T), 1 or True = a token of the policy.
+        gamma: discount γ a token, 0 ≤ γ ≤ 1.
+
+    Returns:
+        (B, T) in units of the reward, float32 (float64 for float64 input), without gradient; 0
+        where masked out.
+
+    Raises:
+        ValueError: if γ is not in [0, 1].
+    """
+    _check_fraction("gamma", gamma)
+    keep = mask.bool()
+    rewards, log_ratios = (
+        torch.where(keep, at_least_float32(each.detach()), 0.0) for each in (rewards, log_ratios)
+    )
+    # Past and later ratios together are ρ_1 … ρ_s for the reward of s, whatever t.
+    weighted = log_ratios.cumsum(dim=1).exp() * rewards
+    return torch.where(keep, _discounted_suffix_sums(weighted, keep, gamma), 0.0)
+
+
 def _next_values(values: Tensor, keep: Tensor, after_all: Tensor) -> Tensor:
     """(B, T) V at the next kept token, `after_all` at the last one."""
     ended = torch.cat([values, after_all.to(values)[:, None]], dim=1)

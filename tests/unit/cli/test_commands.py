@@ -1,5 +1,6 @@
 """validate, show, ls, cp and env."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from trl_ext.kl_table import OURS
 from trl_ext.recipe import read_recipe
 from trl_ext.recipe.yaml_reader import write_yaml
 
@@ -175,3 +177,45 @@ def test_env(trl_ext):
 @pytest.mark.parametrize("argv", [["ls"], ["show", "rwr/first"], ["env"], ["--help"]])
 def test_no_colour_in_a_pipe(home, trl_ext, argv):
     assert "\x1b" not in trl_ext(*argv)[1]
+
+
+@pytest.fixture
+def two_methods(monkeypatch):
+    monkeypatch.setattr("trl_ext.kl_table.OURS", OURS[:2])
+    monkeypatch.setattr("trl_ext.kl_table.OTHERS", [])
+    monkeypatch.setattr("trl_ext.cli.kl_table.QUICK_STEPS", 2)
+
+
+def test_kl_table(two_methods, trl_ext, tmp_path):
+    code, out, err = trl_ext("kl-table", "--quick", "--json", str(tmp_path / "t.json"))
+    assert (code, err) == (0, "")
+    assert "| k2 in the loss | trl_ext | 0.077 |" in out
+    rows = json.loads((tmp_path / "t.json").read_text())
+    assert [row["method"] for row in rows] == ["k1 in the loss", "k2 in the loss"]
+    assert rows[1]["on_policy"]["part"] == "per step"
+
+
+def test_kl_table_of_ones_own(two_methods, trl_ext, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def difference(p, q):\n    return p - q\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    code, out, err = trl_ext(
+        "kl-table", "--quick", "--method", "mine:difference", "--placement", "reward"
+    )
+    assert code == 0, err
+    (row,) = [line for line in out.splitlines() if "mine:difference" in line]
+    assert "| yours |" in row and "| whole |" in row
+    code, _, err = trl_ext("kl-table", "--quick", "--method", "mine:diference")
+    assert code == 2 and "diference" in err
+
+
+def test_kl_table_fails_where_a_claim_is_false(two_methods, trl_ext, monkeypatch):
+    liar = dataclasses.replace(OURS[0], claim="whole")
+    monkeypatch.setattr("trl_ext.kl_table.OURS", [liar])
+    code, _, err = trl_ext("kl-table", "--quick")
+    assert code == 1
+    assert "Contradicted: k1 in the loss: its on-policy gradient is said to be whole" in err
+
+
+def test_kl_table_that_cannot_be_written(two_methods, trl_ext, tmp_path):
+    code, _, err = trl_ext("kl-table", "--quick", "--json", str(tmp_path / "no" / "t.json"))
+    assert code == 2 and "cannot be written" in err

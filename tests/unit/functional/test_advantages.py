@@ -1,12 +1,14 @@
 """Returns and advantages against loops that do one step at a time."""
 
+import math
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from trl_ext.functional import gae, reward_to_go
+from trl_ext.functional import gae, off_policy_credit, reward_to_go
 
 FRACTIONS = st.sampled_from([0.0, 0.3, 0.9, 0.99, 1.0])
 
@@ -98,3 +100,26 @@ def test_bad_discount(gamma):
         reward_to_go(torch.zeros(1, 1), torch.ones(1, 1), gamma=gamma)
     with pytest.raises(ValueError, match="lam must be between 0 and 1"):
         gae(*torch.zeros(3, 1, 1), gamma=1.0, lam=gamma)
+
+
+@pytest.mark.equation("E38")
+@pytest.mark.parametrize("gamma", [1.0, 0.7])
+def test_off_policy_credit_is_the_triple_loop(gamma):
+    rewards, log_ratios, mask = batch(seed=5, rows=3, tokens=6)
+    result = off_policy_credit(rewards, log_ratios, mask, gamma=gamma)
+    for row in range(3):
+        kept = policy_tokens(mask, row)
+        for i, t in enumerate(kept):
+            past = sum(log_ratios[row, s].item() for s in kept[: i + 1])
+            expected = 0.0
+            for steps, s in enumerate(kept[i:]):
+                later = sum(log_ratios[row, u].item() for u in kept[i + 1 : i + 1 + steps])
+                expected += gamma**steps * rewards[row, s].item() * math.exp(past + later)
+            assert result[row, t].item() == pytest.approx(expected)
+    assert (result[~mask] == 0).all()
+
+
+def test_on_policy_it_is_the_reward_to_go():
+    rewards, _, mask = batch(seed=6, rows=3, tokens=9)
+    on_policy = off_policy_credit(rewards, torch.zeros(3, 9), mask, gamma=0.9)
+    torch.testing.assert_close(on_policy, reward_to_go(rewards, mask, gamma=0.9))
