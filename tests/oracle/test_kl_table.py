@@ -57,8 +57,8 @@ def test_what_each_gradient_is(name, on_policy, off_policy):
 
 def test_the_formulas_of_others_are_what_they_amount_to():
     parts = {(m.source, m.name): ON.grade(m).part for m in OTHERS}
-    assert parts["TRL", "GRPO"] == "forward per step"
-    assert parts["TRL", "GRPO, use_bias_correction_kl"] == "per step"
+    assert parts["TRL", "GRPO"] == "per step"
+    assert parts["TRL", "GRPO, use_bias_correction_kl false"] == "forward per step"
     assert parts["TRL", "RLOO"] == "whole"
     assert parts["verl", "kl"] == "zero"
     straight_through = [part for (_, name), part in parts.items() if name.endswith("+")]

@@ -108,8 +108,8 @@ OURS = [
 ]
 
 OTHERS = [
-    Method("GRPO", "TRL", _sampled(k3), "loss"),
-    Method("GRPO, use_bias_correction_kl", "TRL", _corrected(k3), "loss"),
+    Method("GRPO", "TRL", _corrected(k3), "loss"),
+    Method("GRPO, use_bias_correction_kl false", "TRL", _sampled(k3), "loss"),
     Method("RLOO", "TRL", _at_rollout(k1), "return"),
     Method("kl", "verl", _sampled(k1), "loss"),
     Method("abs", "verl", _absolute, "loss"),
