@@ -7,17 +7,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trl_ext.grpo import GRPOConfig, GRPOTrainer
     from trl_ext.rwr import RWRConfig, RWRTrainer
 
 __version__ = "0.1.0.dev0"
 
 # An algorithm adds its two public names here, and once more above, for editors.
 _HOMES = {
+    "GRPOConfig": "trl_ext.grpo",
+    "GRPOTrainer": "trl_ext.grpo",
     "RWRConfig": "trl_ext.rwr",
     "RWRTrainer": "trl_ext.rwr",
 }
 
-__all__ = ["RWRConfig", "RWRTrainer", "__version__"]
+__all__ = ["GRPOConfig", "GRPOTrainer", "RWRConfig", "RWRTrainer", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -33,7 +33,7 @@ class RecordMetrics(TrainerCallback):
 class ShortProgress(ProgressCallback):
     """The bar of transformers, with one short line a log step; `metrics.jsonl` has every number."""
 
-    shown = ("loss", "eval_loss", "reward", "eval_reward", "rwr/kl", "entropy", "step_time")
+    shown = ("loss", "eval_loss", "reward", "eval_reward", "kl/sequence", "entropy", "step_time")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None:

@@ -102,6 +102,7 @@ TRAINERS = Registry(
     "trainer",
     "trl_ext.trainers",
     {
+        "grpo": "trl_ext.grpo.trainer:GRPOTrainer",
         "rwr": "trl_ext.rwr.trainer:RWRTrainer",
         "sft": "trl.trainer.sft_trainer:SFTTrainer",
     },

@@ -10,18 +10,20 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerState
-from trl import GRPOConfig as TRLGRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
 
 from trl_ext.errors import ConfigError, RunError
+from trl_ext.functional import TokenAggregation, aggregate_tokens, masked_sum, reward_to_go
+from trl_ext.kl_penalty import KLController, group_centred, penalty_of
+from trl_ext.policy_config import MicroBatch, PolicyConfig, Rollout, generated
 from trl_ext.rewards.guard import guarded
 from trl_ext.tasks.columns import check_prompt_only
 
@@ -38,79 +40,16 @@ _MULTIMODAL_INPUTS = (
     "mm_token_type_ids",
     "image_position_ids",
 )
-
-
-@dataclass
-class PolicyConfig(TRLGRPOConfig):
-    """What every policy trainer here adds to `trl.GRPOConfig`.
-
-    Args:
-        stop_strings: a completion ends with the first token whose text contains one of these, such
-            as "\\n". Such tokens join the model's end-of-sequence tokens for generation, masks and
-            metrics.
-        reward_timeout: seconds after which one call of a reward function on a batch is an error
-            that names it. None waits for ever.
-    """
-
-    stop_strings: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "A completion ends with the first token whose text contains one of these."
-        },
-    )
-    reward_timeout: float | None = field(
-        default=None,
-        metadata={
-            "help": "Seconds after which one call of a reward is an error. None waits for ever."
-        },
-    )
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """The completions of one generation batch, whole groups, before TRL shuffles and splits them.
-
-    P prompts and G completions each, over all processes; B rows and T completion tokens on this
-    one.
-
-    Attributes:
-        rewards_PG: (P, G) weighted sum of the reward functions; NaN where every one of them
-            returned None.
-        batch: this process's tensors as TRL made them: `completion_ids`, `completion_mask` (B, T),
-            `advantages` (B,), and `old_per_token_logps`, `ref_per_token_logps` (B, T) where TRL
-            computed them.
-        local_rows: where this process's B rows lie among the P·G of all processes.
-    """
-
-    rewards_PG: Tensor
-    batch: dict[str, Any]
-    local_rows: slice
-
-    @property
-    def mask(self) -> Tensor:
-        """(B, T), 1 = a token that the policy generated: neither padding nor a tool's answer."""
-        return _generated(self.batch)
-
-    def local(self, values_PG: Tensor) -> Tensor:
-        """(P, G) over all processes -> (B,) of this one."""
-        return values_PG.reshape(-1)[self.local_rows]
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What a loss is computed from: B rows of a rollout, T completion tokens.
-
-    Attributes:
-        per_token_logps: (B, T) log π of the sampled tokens, nats, with gradient.
-        mask: (B, T), 1 = a token that the policy generated.
-        credit: (B,) or (B, T), what `assign_credit` returned.
-        ref_per_token_logps: (B, T) under the reference, nats; None if no reference is loaded.
-    """
-
-    per_token_logps: Tensor
-    mask: Tensor
-    credit: Tensor
-    ref_per_token_logps: Tensor | None
+# TRL's loss type -> how it adds up a loss per token.
+_AGGREGATION: dict[str, TokenAggregation] = {
+    "grpo": "completion means",
+    "sapo": "completion means",
+    "bnpo": "tokens",
+    "dr_grpo": "fixed length",
+    "luspo": "completion sums",
+}
+# Loss types that divide by the number of tokens of all micro-batches and processes.
+_OVER_THE_BATCH = ("dapo", "cispo", "vespo")
 
 
 class PolicyTrainer(TRLGRPOTrainer):
@@ -139,6 +78,11 @@ class PolicyTrainer(TRLGRPOTrainer):
         **trl_arguments: Any,
     ):
         args = self._own_config(model, args)
+        self._penalty = penalty_of(args.kl_estimator, args.kl_is_correction, args.kl_clamp)
+        self._controller = KLController(
+            args.kl_controller, args.beta, args.kl_target, args.kl_horizon
+        )
+        self._kl_heard: list[float] = []
         if not trl_arguments.get("environment_factory"):
             _check_datasets(train_dataset, eval_dataset)
         self._check_reference(model, args, trl_arguments)
@@ -156,6 +100,7 @@ class PolicyTrainer(TRLGRPOTrainer):
         self._evaluation_rewards: list[Tensor] = []
         self._policy_logps: Tensor | None = None
         self._train_sampler: Any = None
+        self.args.use_bias_correction_kl = args.kl_is_correction
         self._stop_at(args.stop_strings or [])
         _keep_nf4_gradients_on_cpu(self.model)
 
@@ -257,6 +202,8 @@ class PolicyTrainer(TRLGRPOTrainer):
         return self._rewards_per_func
 
     def _generate_and_score_completions(self, inputs):
+        if self.model.training:
+            self._adapt_beta(len(inputs) * self.accelerator.num_processes)
         batch = super()._generate_and_score_completions(inputs)
         first = self.accelerator.process_index * len(inputs)
         local_rows = slice(first, first + len(inputs))
@@ -265,6 +212,8 @@ class PolicyTrainer(TRLGRPOTrainer):
         self._show_credit(batch["advantages"])
         if not self.model.training:
             self._evaluation_rewards.append(rollout.rewards_PG)
+        elif self._penalises("reward"):
+            batch["advantages"] = self._minus_kl_to_go(batch["advantages"], rollout)
         if self._replaces_loss:
             # A loss of our own that wants the old log-probabilities has folded them into its
             # credit.
@@ -277,24 +226,86 @@ class PolicyTrainer(TRLGRPOTrainer):
         return result
 
     def _compute_loss(self, model, inputs):
-        if not self._replaces_loss:
-            return super()._compute_loss(model, inputs)
+        if self._replaces_loss:
+            loss = self._own_loss(model, inputs)
+        elif self._trl_penalises:
+            loss = super()._compute_loss(model, inputs)
+        else:
+            with self._without_trl_kl():
+                loss = super()._compute_loss(model, inputs)
+            if self._penalises("loss"):
+                loss = loss + self._controller.beta * self._kl_in_loss(inputs)
+        self._hear_kl(inputs)
+        return loss
+
+    def _own_loss(self, model, inputs):
         # Without credit and KL, TRL's loss is what it adds to the policy term: entropy bonus,
         # router loss.
         with self._without_trl_kl():
             rest = super()._compute_loss(
                 model, inputs | {"advantages": torch.zeros_like(inputs["advantages"])}
             )
-        logps, self._policy_logps = self._policy_logps, None
-        assert logps is not None
+        assert self._policy_logps is not None
         loss = self.policy_loss(
             MicroBatch(
-                logps, _generated(inputs), inputs["advantages"], inputs.get("ref_per_token_logps")
+                self._policy_logps,
+                generated(inputs),
+                inputs["advantages"],
+                inputs.get("ref_per_token_logps"),
             )
         )
         self._drop_surrogate_metrics()
-        accumulated = self.current_gradient_accumulation_steps if self.model.training else 1
-        return rest + loss / accumulated
+        return rest + loss / self._accumulated
+
+    def _kl_in_loss(self, inputs) -> Tensor:
+        """β's factor in the loss, summed up over tokens as TRL does for its loss type."""
+        assert self._policy_logps is not None
+        per_token = self._penalty.in_loss(
+            self._policy_logps, inputs["ref_per_token_logps"], inputs.get("old_per_token_logps")
+        )
+        mask = generated(inputs)
+        if self.loss_type in _OVER_THE_BATCH:
+            # The count spans the generation batch, of which an accumulation window is a part.
+            count = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+            if self.model.training:
+                count = count * self._accumulated / self.args.steps_per_generation
+            return aggregate_tokens(per_token, mask, "tokens", count=count)
+        how = _AGGREGATION[self.loss_type]
+        length = self.max_completion_length if how == "fixed length" else None
+        return aggregate_tokens(per_token, mask, how, count=length) / self._accumulated
+
+    def _hear_kl(self, inputs) -> None:
+        """Log the KL of the policy to the reference, for the controller too."""
+        logps, self._policy_logps = self._policy_logps, None
+        reference = inputs.get("ref_per_token_logps")
+        if logps is None or reference is None:
+            return
+        per_token = self._penalty.value(logps.detach(), reference)
+        per_completion = masked_sum(per_token, generated(inputs))
+        kl = self.accelerator.gather(per_completion).mean().item()
+        self.log_metric("kl/sequence", kl)
+        if self.model.training:
+            self._kl_heard.append(kl)
+
+    def _adapt_beta(self, completions: int) -> None:
+        if self._replaces_loss or self._controller.kind == "constant" or not self._kl_heard:
+            return
+        self._controller.update(fmean(self._kl_heard), completions)
+        self._kl_heard = []
+        self.beta = self._controller.beta
+        self.log_metric("kl/beta", self.beta)
+
+    def _minus_kl_to_go(self, credit: Tensor, rollout: Rollout) -> Tensor:
+        """(B, T) credit − β Σ_{s≥t} KL_s, centred in its group as the rewards are."""
+        per_token = self._penalty.value(
+            self.sampler_logps(rollout), rollout.batch["ref_per_token_logps"]
+        )
+        to_go = reward_to_go(per_token, rollout.mask)
+        every = self.accelerator.pad_across_processes(to_go, dim=1)
+        groups = self.accelerator.gather(every).unflatten(0, rollout.rewards_PG.shape)
+        centred = rollout.local(group_centred(groups))[:, : to_go.size(1)]
+        credit = credit[:, None] if credit.dim() == 1 else credit
+        return (credit - self._controller.beta * centred) * rollout.mask
 
     def _save_rng_state(self, output_dir):
         # A checkpoint may fall between two uses of one rollout; TRL would generate anew on resume.
@@ -303,6 +314,8 @@ class PolicyTrainer(TRLGRPOTrainer):
             "step": self._step,
             "num_processes": self.accelerator.num_processes,
             "buffered_inputs": self._unused_rollout(),
+            "kl_beta": self._controller.beta,
+            "kl_heard": self._kl_heard,
         }
         torch.save(rollout, self._rollout_file(output_dir))
         # The first process now writes the file that marks a checkpoint as complete.
@@ -322,6 +335,9 @@ class PolicyTrainer(TRLGRPOTrainer):
                     f"rollout. Set num_processes={rollout['num_processes']}."
                 )
             self._step, self._buffered_inputs = rollout["step"], rollout["buffered_inputs"]
+            self._controller.beta, self._kl_heard = rollout["kl_beta"], rollout["kl_heard"]
+            if not self._replaces_loss:
+                self.beta = self._controller.beta
 
     def _get_train_sampler(self, dataset=None):
         self._train_sampler = super()._get_train_sampler(dataset)
@@ -335,6 +351,24 @@ class PolicyTrainer(TRLGRPOTrainer):
             for _ in range(epochs_trained):
                 next(iter(self._train_sampler), None)
         return epochs_trained, steps_trained
+
+    @property
+    def _accumulated(self) -> int:
+        """Micro-batches of an optimizer step, over which the trainer itself takes the mean."""
+        return self.current_gradient_accumulation_steps if self.model.training else 1
+
+    def _penalises(self, placement: str) -> bool:
+        return (
+            not self._replaces_loss
+            and self.args.kl_placement == placement
+            and self._controller.beta != 0
+        )
+
+    @property
+    def _trl_penalises(self) -> bool:
+        """Whether the KL penalty asked for is the one that TRL has built in."""
+        is_trls = self.args.kl_estimator == "k3" and self.args.kl_clamp is None
+        return is_trls and self.args.kl_placement == "loss"
 
     @property
     def _replaces_loss(self) -> bool:
@@ -448,10 +482,6 @@ class PolicyTrainer(TRLGRPOTrainer):
 
     def _rollout_file(self, checkpoint: str) -> str:
         return os.path.join(checkpoint, f"rollout_{self.accelerator.process_index}.pt")
-
-
-def _generated(batch: dict[str, Any]) -> Tensor:
-    return batch["completion_mask"] * batch.get("tool_mask", 1)
 
 
 def _check_datasets(train_dataset: Any, eval_dataset: Any) -> None:

@@ -5,6 +5,7 @@ from dataclasses import fields
 from transformers import TrainingArguments
 from trl import GRPOConfig
 
+from trl_ext.policy_config import PolicyConfig
 from trl_ext.rwr import RWRConfig
 
 # Options of GRPO about generation, rewards and logs, which every policy trainer takes over, and of
@@ -35,4 +36,6 @@ def test_each_option_of_grpo_is_kept_or_refused():
     of_grpo = {option.name for option in fields(GRPOConfig)} - common
     assert of_grpo == kept | (RWRConfig.refused.keys() & of_grpo)
     assert not kept & RWRConfig.refused.keys()
-    assert RWRConfig.refused.keys() <= of_grpo, "refused, and TRL has it no more"
+    options = {option.name for option in fields(PolicyConfig)}
+    assert RWRConfig.refused.keys() <= options, "refused, and TRL has it no more"
+    assert PolicyConfig.refused.keys() <= RWRConfig.refused.keys()

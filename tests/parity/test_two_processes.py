@@ -42,7 +42,7 @@ def test_two_processes_are_one(name, group, model_path, tmp_path):
     for ours, theirs in zip(two["history"], one["history"], strict=True):
         assert ours.keys() == theirs.keys()
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-        for metric in (key for key in theirs if key.startswith(("reward", "rwr/"))):
+        for metric in (key for key in theirs if key.startswith(("reward", "rwr/", "kl/"))):
             assert ours[metric] == pytest.approx(theirs[metric], rel=1e-4, abs=1e-6), metric
     # Adam divides by √v: where a gradient is near 0, rounding moves a parameter by up to a percent
     # of the step of 1e-2.

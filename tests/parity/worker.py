@@ -14,12 +14,29 @@ import torch
 from peft import LoraConfig
 
 from tests.tiny import QUIET, VOCABULARY, count_a, prompts
+from trl_ext.grpo import GRPOTrainer
 from trl_ext.rwr import RWRTrainer
 from trl_ext.trl_adapter import PolicyTrainer
 
 GLOBAL_BATCH = 16
 TRAINERS = {
     "policy": (PolicyTrainer, {"beta": 0.04}, None),
+    "kl_in_reward": (
+        GRPOTrainer,
+        {
+            "beta": 0.1,
+            "kl_estimator": "k1",
+            "kl_placement": "reward",
+            "kl_is_correction": False,
+            "num_iterations": 2,
+        },
+        None,
+    ),
+    "kl_in_loss": (
+        GRPOTrainer,
+        {"beta": 0.1, "kl_estimator": "k1", "kl_controller": "adaptive", "kl_target": 1e-9},
+        None,
+    ),
     "rwr": (RWRTrainer, {"log_kl": True}, None),
     "rwr_fixed": (RWRTrainer, {"reference": "fixed", "beta": 0.5}, None),
     "rwr_lora": (

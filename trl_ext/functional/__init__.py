@@ -1,6 +1,7 @@
 """Pure tensor mathematics: every formula of trl_ext, once, in torch alone."""
 
 from trl_ext.functional.advantages import gae, off_policy_credit, reward_to_go
+from trl_ext.functional.aggregate import TokenAggregation, aggregate_tokens
 from trl_ext.functional.gibbs import (
     effective_sample_size,
     gibbs_weights,
@@ -14,6 +15,8 @@ from trl_ext.functional.masking import masked_mean, masked_sum
 from trl_ext.functional.policy_loss import clipped_surrogate, value_loss, weighted_nll
 
 __all__ = [
+    "TokenAggregation",
+    "aggregate_tokens",
     "clipped_surrogate",
     "effective_sample_size",
     "exact_forward_kl",

@@ -3,11 +3,12 @@
 from typing import Any
 
 from trl_ext.errors import PluginError, UnknownNameError
+from trl_ext.kl_rules import kl_findings
 from trl_ext.recipe.findings import COMMAND_LINE, Finding, Origin, did_you_mean, show_value
 from trl_ext.recipe.schema import COMMON_GROUPS, LAUNCH_GROUP, Fields, class_fields, config_fields
 from trl_ext.recipe.values import WrongValue, convert
 from trl_ext.recipe.yaml_reader import Entries, Entry
-from trl_ext.registry import REWARDS, TRAINERS
+from trl_ext.registry import KL_ESTIMATORS, REWARDS, TRAINERS
 
 _OWN_KEYS = ("trainer", "extends", "env", *class_fields(LAUNCH_GROUP))
 
@@ -112,6 +113,30 @@ def check_refused(
                 f"got {show_value(values[key])}, which does nothing here: {reason}. Remove it."
             )
             findings.append(Finding(entries[key].origin, key, message))
+
+
+def check_kl(
+    fields: Fields,
+    values: dict[str, Any],
+    entries: Entries,
+    recipe: Origin,
+    findings: list[Finding],
+) -> None:
+    """KL options that do not go together, or whose penalty is not that of the KL."""
+    names = [name for name in fields if name.startswith("kl_")]
+    if "kl_estimator" not in names:
+        return
+    options = {
+        name: values.get(name, fields[name].default) for name in (*names, "beta", "allow_biased_kl")
+    }
+    try:
+        KL_ESTIMATORS.resolve(options["kl_estimator"])
+        problems = kl_findings(options)
+    except UnknownNameError as error:
+        problems = [("kl_estimator", str(error))]
+    for name, problem in problems:
+        origin = first_origin(entries, (name, *names, "beta"), recipe)
+        findings.append(Finding(origin, name, problem))
 
 
 def check_rewards(

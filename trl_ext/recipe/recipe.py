@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.recipe.check import (
+    check_kl,
     check_refused,
     check_required,
     check_rewards,
@@ -119,6 +120,7 @@ def _check(file: Path, entries: Entries, recipe: Origin, findings: list[Finding]
     where = check_launcher(launcher, entries, findings)
     if "config" in groups:
         check_refused(refused_options(target), groups["config"], values, entries, findings)
+        check_kl(groups["config"], values, entries, recipe, findings)
         check_group_size(entries, groups["config"], values, where, recipe, findings)
         check_eval_group_size(entries, groups["config"], values, where, recipe, findings)
     if findings:

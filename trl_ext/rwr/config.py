@@ -1,10 +1,9 @@
 """Options of reward-weighted regression, and the inherited ones that it refuses."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from trl_ext.errors import ConfigError
-from trl_ext.trl_adapter import PolicyConfig
+from trl_ext.policy_config import PolicyConfig
 
 
 @dataclass
@@ -27,7 +26,8 @@ class RWRConfig(PolicyConfig):
         reward_samples: score each completion this many times and use the mean, for a stochastic
             reward. From 2 on the metric `rwr/optimism` says by how much a single sample would
             inflate the tilt (Equation E11).
-        log_kl: load the reference and log the KL of the policy to it, nats per completion.
+        log_kl: load the reference and log the KL of the policy to it, nats per completion, by
+            `kl_estimator`.
     """
 
     beta: float = field(
@@ -67,13 +67,23 @@ class RWRConfig(PolicyConfig):
         metadata={"help": "Not used: reward-weighted regression has no importance ratio."},
     )
 
-    # Inherited options without a meaning here: name -> reason. A literal, so that it can be read
-    # without import.
+    kl_placement: Literal["loss", "reward", "none"] = field(
+        default="none",
+        metadata={"help": "Not used: in reward-weighted regression beta is in the weights."},
+    )
+
     refused: ClassVar[dict[str, str]] = {
         "delta": "there is no importance ratio to clip",
         "epsilon": "there is no importance ratio to clip",
         "epsilon_high": "there is no importance ratio to clip",
         "importance_sampling_level": "there is no importance ratio",
+        "allow_biased_kl": "there is no KL penalty: beta is in the weights",
+        "kl_clamp": "there is no KL penalty: beta is in the weights",
+        "kl_controller": "there is no KL penalty: beta is in the weights",
+        "kl_horizon": "there is no KL penalty: beta is in the weights",
+        "kl_is_correction": "there is no KL penalty: beta is in the weights",
+        "kl_placement": "there is no KL penalty: beta is in the weights; log_kl logs the KL",
+        "kl_target": "there is no KL penalty: beta is in the weights",
         "loss_type": "the loss is -sum w_n log pi(y_n|x); token_reduction says how tokens add up",
         "multi_objective_aggregation": "softmax(r/beta) takes the sum of rewards by reward_weights",
         "off_policy_mask_threshold": "there is no importance ratio to threshold",
@@ -96,20 +106,9 @@ class RWRConfig(PolicyConfig):
         "vllm_importance_sampling_mode": "there is no importance ratio",
     }
 
-    def __post_init__(self):
-        super().__post_init__()
-        findings = self._refused_options() + self._bad_values()
-        if findings:
-            raise ConfigError("\n".join(["RWRConfig:", *findings]))
-
-    def _refused_options(self) -> list[str]:
-        defaults = {option.name: option.default for option in fields(self)}
-        return [
-            f"  {name}={getattr(self, name)!r} does nothing in reward-weighted regression: "
-            f"{reason}. Remove it."
-            for name, reason in self.refused.items()
-            if getattr(self, name) != defaults[name]
-        ]
+    def findings(self) -> list[str]:
+        """What is wrong with these options together, a line each."""
+        return super().findings() + self._bad_values()
 
     def _sampler_is_not_the_policy(self) -> list[str]:
         neutral = {

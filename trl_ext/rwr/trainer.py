@@ -10,15 +10,15 @@ from trl_ext.functional import (
     effective_sample_size,
     gibbs_weights,
     k1,
-    k3,
     log_mean_exp,
     masked_sum,
     optimism,
     weight_entropy,
     weighted_nll,
 )
+from trl_ext.policy_config import MicroBatch, PolicyConfig, Rollout
 from trl_ext.rwr.config import RWRConfig
-from trl_ext.trl_adapter import MicroBatch, PolicyConfig, PolicyTrainer, Rollout
+from trl_ext.trl_adapter import PolicyTrainer
 
 
 class RWRTrainer(PolicyTrainer):
@@ -75,10 +75,6 @@ class RWRTrainer(PolicyTrainer):
         return rollout.local(weights)
 
     def policy_loss(self, micro_batch: MicroBatch) -> Tensor:
-        if self.args.log_kl and micro_batch.ref_per_token_logps is not None:
-            per_token = k3(micro_batch.per_token_logps.detach(), micro_batch.ref_per_token_logps)
-            per_completion = masked_sum(per_token, micro_batch.mask)
-            self.log_metric("rwr/kl", self.accelerator.gather(per_completion).mean().item())
         nll = weighted_nll(
             micro_batch.per_token_logps,
             micro_batch.credit,

@@ -342,3 +342,21 @@ def test_extends_alone_still_needs_everything(write):
         "output_dir",
         "dataset_name or datasets",
     ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ("kl_estimator: k1\nkl_is_correction: false", "r.yaml:6: kl_estimator: k1 in the loss"),
+        ("kl_estimator: k9", "r.yaml:6: kl_estimator: There is no KL estimator called 'k9'"),
+        ("kl_controller: adaptive", "r.yaml:6: kl_target: kl_controller: adaptive needs a target"),
+        ("kl_placement: lose", "r.yaml:6: kl_placement: got 'lose'"),
+    ],
+)
+def test_an_unsound_penalty_is_found_before_anything_is_imported(write, lines, says):
+    least = "model_name_or_path: m\ndataset_name: d\noutput_dir: o\nbeta: 0.1\n"
+    write("r.yaml", f"trainer: grpo\n{least}{lines}\n", least=False)
+    with pytest.raises(ConfigError) as caught:
+        read_recipe("r.yaml")
+    assert says in str(caught.value)
+    assert read_recipe("r.yaml", ["kl_placement=none", "kl_estimator=k3", "kl_controller=constant"])

@@ -8,8 +8,8 @@ import torch
 
 from tests.tiny import QUIET, count_a, prompts, save_tiny_llama
 from trl_ext.errors import ConfigError
+from trl_ext.policy_config import MicroBatch, Rollout
 from trl_ext.rwr import RWRConfig, RWRTrainer
-from trl_ext.trl_adapter import MicroBatch, Rollout
 
 NAN = float("nan")
 
@@ -95,15 +95,6 @@ def test_the_loss_is_the_mean_over_prompts(make, reduction, per_row):
     micro_batch = MicroBatch(-torch.ones(2, 3), mask, torch.tensor([0.75, 0.25]), None)
     expected = 4 * (0.75 * per_row[0] + 0.25 * per_row[1]) / 2
     assert trainer.policy_loss(micro_batch).item() == pytest.approx(expected)
-
-
-def test_kl_is_logged_in_nats_a_completion(make):
-    trainer = make(log_kl=True)
-    logps = torch.full((2, 3), -1.0)
-    reference = logps - math.log(2)  # k3 of log-ratio ln 2: ½ − 1 + ln 2
-    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
-    trainer.policy_loss(MicroBatch(logps, mask, torch.zeros(2), reference))
-    assert metric(trainer, "rwr/kl") == pytest.approx((3 + 1) / 2 * (math.log(2) - 0.5))
 
 
 @pytest.mark.equation("E11")

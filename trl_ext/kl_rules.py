@@ -1,0 +1,104 @@
+"""Which KL penalties are sound: what the expected gradient of each combination is, and why not.
+
+The penalty meant is β·KL(π‖π_ref) of sequences. `trl_ext kl-table` shows all of this in numbers,
+and a contract test holds the two together. Plain data: nothing is imported to check a recipe.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+PLACEMENTS = ("loss", "reward", "none")
+CONTROLLERS = ("constant", "adaptive", "proportional")
+
+# (estimator, placement, importance ratio) -> what its expected gradient is, on-policy. "whole":
+# ∇KL of sequences. "per step": each step's own KL; its effect on later prefixes is missing.
+GRADIENTS = {
+    ("k1", "reward", False): "whole",
+    ("k1", "loss", True): "per step",
+    ("k2", "loss", False): "per step",
+    ("k2", "loss", True): "per step",
+    ("k3", "loss", True): "per step",
+}
+# The others: why not, and what to do instead.
+UNSOUND = {
+    ("k1", "loss", False): (
+        "its expected gradient is zero, so it penalises nothing",
+        "kl_is_correction: true, or kl_placement: reward",
+    ),
+    ("k3", "loss", False): (
+        "its expected gradient is that of KL(π_ref‖π), the other way round",
+        "kl_is_correction: true",
+    ),
+    ("k2", "reward", False): (
+        "as a reward its expectation is not the KL, and a step's own part is lost",
+        "kl_estimator: k1, or kl_placement: loss",
+    ),
+    ("k3", "reward", False): (
+        "as a reward it loses each step's own part, which only k1 carries",
+        "kl_estimator: k1, or kl_placement: loss with kl_is_correction: true",
+    ),
+}
+
+
+def kl_findings(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What is wrong with the KL options of a policy trainer: (option, why and what to do).
+
+    Args:
+        values: the options that start with `kl_`, `allow_biased_kl` and `beta`, defaults included.
+    """
+    found = [
+        (name, f"got {values[name]!r}; allowed: {', '.join(allowed)}.")
+        for name, allowed in (("kl_placement", PLACEMENTS), ("kl_controller", CONTROLLERS))
+        if values[name] not in allowed
+    ]
+    found += _numbers(values) + _controller(values)
+    if not found and values["beta"] and values["kl_placement"] != "none":
+        found += _soundness(values)
+    return found
+
+
+def _soundness(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    estimator, placement = values["kl_estimator"], values["kl_placement"]
+    corrected = values["kl_is_correction"]
+    if placement == "reward" and corrected:
+        return [
+            (
+                "kl_is_correction",
+                "is for kl_placement: loss; in the reward, the surrogate's own ratio weighs the "
+                "penalty. Set it to false.",
+            )
+        ]
+    if (estimator, placement, corrected) in GRADIENTS or values["allow_biased_kl"]:
+        return []
+    combination = f"{estimator} in the {placement}{', corrected' if corrected else ''}"
+    unknown = (
+        "nothing is known of its gradient",
+        f"`trl_ext kl-table --method {estimator} --placement {placement}` to see what it does",
+    )
+    why, instead = UNSOUND.get((estimator, placement, corrected), unknown)
+    return [
+        (
+            "kl_estimator",
+            f"{combination}: {why}. Use {instead}; or allow_biased_kl: true to have it all the "
+            "same.",
+        )
+    ]
+
+
+def _numbers(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (name, f"got {values[name]!r}; it must be greater than 0, or null.")
+        for name in ("kl_clamp", "kl_target", "kl_horizon")
+        if values[name] is not None and not values[name] > 0
+    ]
+
+
+def _controller(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    adapts = values["kl_controller"] in ("adaptive", "proportional")
+    if adapts and values["kl_target"] is None:
+        return [("kl_target", f"kl_controller: {values['kl_controller']} needs a target, in nats.")]
+    if adapts and not values["beta"]:
+        return [("beta", "a KL controller scales beta: it must start above 0.")]
+    if not adapts and values["kl_target"] is not None:
+        return [("kl_target", "does nothing with kl_controller: constant. Use adaptive.")]
+    return []
