@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
+from trl_ext.errors import RunError
 from trl_ext.record import EVALUATIONS, METRICS, RunRecord
 from trl_ext.trl_adapter import PolicyTrainer
 
@@ -33,7 +34,22 @@ class RecordMetrics(TrainerCallback):
 class ShortProgress(ProgressCallback):
     """The bar of transformers, with one short line a log step; `metrics.jsonl` has every number."""
 
-    shown = ("loss", "eval_loss", "reward", "eval_reward", "kl/sequence", "entropy", "step_time")
+    shown = (
+        "loss",
+        "eval_loss",
+        "reward",
+        "eval_reward",
+        "rwr/uniform_groups",
+        "kl/sequence",
+        "entropy",
+        "step_time",
+    )
+
+    def close(self) -> None:
+        """End the bars' lines, so that what is printed next begins a new one."""
+        for bar in (self.training_bar, self.prediction_bar):
+            if bar is not None:
+                bar.close()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None:
@@ -43,19 +59,38 @@ class ShortProgress(ProgressCallback):
                 self.training_bar.write(f"step {state.global_step}: " + ", ".join(numbers))
 
 
+class StopOnDivergence(TrainerCallback):
+    """A gradient that is no number ends training before it reaches the weights."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        assert model is not None
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if gradients and not torch.nn.utils.get_total_norm(gradients).isfinite():
+            raise RunError(
+                f"The gradient of step {state.global_step + 1} is not finite; the weights are as "
+                "they were before it. A lower learning_rate is the usual cure; a reward or a beta "
+                "of extreme size is another cause."
+            )
+
+
 class StopOnInterrupt(TrainerCallback):
     """The first Ctrl-C ends training after the step under way and saves; the second at once.
 
     Attributes:
         interrupted: whether training ended that way.
+        stepped: whether a step was begun at all.
     """
 
     def __init__(self) -> None:
         self.interrupted = False
+        self.stepped = False
         self._previous: Any = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._previous = signal.signal(signal.SIGINT, self._ask_to_stop)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.stepped = True
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.world_size > 1:

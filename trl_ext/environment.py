@@ -1,7 +1,10 @@
 """Versions, devices and the commit: what a run or a bug report has to say about its machine."""
 
 import platform
+import shlex
+import shutil
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
@@ -65,3 +68,8 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return described.stdout.strip() or None
+
+
+def command_name() -> str:
+    """What to type for `trl_ext`: its name where the shell finds it, else with its interpreter."""
+    return "trl_ext" if shutil.which("trl_ext") else f"{shlex.quote(sys.executable)} -m trl_ext"

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import os
+import shlex
 import shutil
 import sys
 import warnings
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ProgressCallback, Trainer
+import yaml
+from transformers import AutoConfig, ProgressCallback, Trainer
 from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config
 from trl import get_quantization_config as quantization_config_of
 
-from trl_ext.bundled import resolve_model
-from trl_ext.callbacks import RecordMetrics, ShortProgress, StopOnInterrupt
+from trl_ext.bundled import BUNDLED, PREFIX, resolve_model
+from trl_ext.callbacks import RecordMetrics, ShortProgress, StopOnDivergence, StopOnInterrupt
+from trl_ext.environment import command_name
 from trl_ext.errors import ConfigError, RunError, TrlExtError
 from trl_ext.recipe import Recipe
 from trl_ext.record import (
@@ -29,9 +32,10 @@ from trl_ext.record import (
 )
 from trl_ext.registry import TRAINERS
 from trl_ext.report import before_after_table, held_out_gains
+from trl_ext.resume import check_same_run
 from trl_ext.rewards import build_rewards
 from trl_ext.tasks import load_splits
-from trl_ext.trl_adapter import load_checkpoint
+from trl_ext.trl_adapter import end_training, load_checkpoint
 
 
 def train(recipe: Recipe, *, resume: bool | str = False, overwrite: bool = False) -> None:
@@ -48,13 +52,19 @@ def train(recipe: Recipe, *, resume: bool | str = False, overwrite: bool = False
             cannot be written; the message says what is left to resume from.
     """
     _silence_what_no_user_can_mend()
-    output_dir = Path(recipe.values["output_dir"])
+    output_dir = Path(recipe.values["output_dir"]).expanduser()
     record = RunRecord(output_dir, writes=is_first_process())
     record.check_free(resume=bool(resume), overwrite=overwrite)
+    _check_kept(recipe, output_dir, overwrite)
     checkpoint = checkpoint_to_resume(output_dir, resume)
-    parts = _parts(recipe, resumed=checkpoint is not None)
+    if checkpoint:
+        check_same_run(recipe, checkpoint)
+    elif resume:
+        print(f"{output_dir} has no checkpoint: starting from the beginning.", file=sys.stderr)
+    trainer = _built(recipe, _parts(recipe, resumed=checkpoint is not None))
+    # Only now, when all that can be wrong before the first step has been found, is an earlier run
+    # replaced.
     record.begin(keep=bool(resume))
-    trainer = TRAINERS.load(recipe.trainer)(**parts)
     record.forget_after(int(checkpoint.name.split("-")[1]) if checkpoint else -1)
     record.describe(recipe.to_yaml())
     _train_recorded(trainer, record, checkpoint)
@@ -62,7 +72,37 @@ def train(recipe: Recipe, *, resume: bool | str = False, overwrite: bool = False
 
 def build_trainer(recipe: Recipe) -> Trainer:
     """The trainer of a recipe, ready to train."""
-    return TRAINERS.load(recipe.trainer)(**_parts(recipe))
+    return _built(recipe, _parts(recipe))
+
+
+def _built(recipe: Recipe, parts: dict[str, Any]) -> Trainer:
+    try:
+        return TRAINERS.load(recipe.trainer)(**parts)
+    except TrlExtError:
+        raise
+    except (ValueError, TypeError, AttributeError, ImportError, OSError, RuntimeError) as error:
+        # What TRL, transformers, peft and bitsandbytes say of values that they do not take.
+        raise ConfigError(
+            f"{recipe.path}: the {recipe.trainer} trainer cannot be built: {error} "
+            "(--debug shows where)."
+        ) from error
+
+
+def _check_kept(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
+    """Refuse to replace a run with one that is made from it.
+
+    Raises:
+        RunError: if the model or the dataset lies in the directory that would be removed.
+    """
+    if not overwrite:
+        return
+    for key in ("model_name_or_path", "dataset_name"):
+        path = Path(str(recipe.values.get(key) or "")).expanduser()
+        if path.exists() and path.resolve().is_relative_to(output_dir.resolve()):
+            raise RunError(
+                f"--overwrite would remove {key} {str(path)!r}, which lies in the output_dir. "
+                "Give another: output_dir=..."
+            )
 
 
 def _parts(recipe: Recipe, *, resumed: bool = False) -> dict[str, Any]:
@@ -70,14 +110,16 @@ def _parts(recipe: Recipe, *, resumed: bool = False) -> dict[str, Any]:
     trainer_class = TRAINERS.load(recipe.trainer)
     config = _config(recipe, trainer_class)
     _check_processes(config)
-    if resumed:
-        config.eval_on_start = False  # "before training" was measured when the run began
     rewards = _reward_parts(recipe, trainer_class)
     train_dataset, eval_dataset = _datasets(recipe, config)
+    if resumed:
+        config.eval_on_start = False  # "before training" was measured when the run began
     model_config = ModelConfig(**recipe.groups["model"])
     config.model_init_kwargs = _model_init_kwargs(model_config, config)
+    model = resolve_model(recipe.values["model_name_or_path"])
+    _check_model(model, model_config.model_revision, getattr(config, "trust_remote_code", False))
     return {
-        "model": resolve_model(recipe.values["model_name_or_path"]),
+        "model": model,
         "args": config,
         "train_dataset": train_dataset,
         "eval_dataset": eval_dataset,
@@ -157,6 +199,22 @@ def _datasets(recipe: Recipe, config: Any) -> tuple[Any, Any]:
     return train_dataset, eval_dataset
 
 
+def _check_model(model: str, revision: str, trust_remote_code: bool) -> None:
+    """Whether a model's config can be read, before anything larger is.
+
+    Raises:
+        ConfigError: if not; it says what a model may be.
+    """
+    try:
+        AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"model_name_or_path: {model!r} cannot be opened: {reason} A model is a hub id, a "
+            f"folder with a config.json, or one of {', '.join(PREFIX + name for name in BUNDLED)}."
+        ) from error
+
+
 def _model_init_kwargs(model_config: ModelConfig, config: Any) -> dict[str, Any]:
     return {
         "revision": model_config.model_revision,
@@ -167,15 +225,18 @@ def _model_init_kwargs(model_config: ModelConfig, config: Any) -> dict[str, Any]
 
 
 def _train_recorded(trainer: Trainer, record: RunRecord, checkpoint: Path | None) -> None:
-    interrupt = StopOnInterrupt()
+    interrupt, progress = StopOnInterrupt(), ShortProgress()
     trainer.add_callback(RecordMetrics(record, trainer))
+    trainer.add_callback(StopOnDivergence())
     trainer.add_callback(interrupt)
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(ShortProgress())
+        trainer.add_callback(progress)
+    began_at = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     try:
         if checkpoint and is_last_step(checkpoint, trainer.args.max_steps):
             # transformers would take one step more before it looks whether there is one left.
+            print(f"Nothing is left to train after step {began_at}.", file=sys.stderr)
             load_checkpoint(trainer, checkpoint)
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -188,12 +249,26 @@ def _train_recorded(trainer: Trainer, record: RunRecord, checkpoint: Path | None
     except TrlExtError as error:
         raise type(error)(f"{error}\n{_left(record)}") from error
     except Exception as error:
+        if checkpoint and not interrupt.stepped:
+            raise RunError(_loading_failed(checkpoint, error)) from error
         if not _was_saving(trainer, record):
             error.add_note(_left(record))
             raise
         raise RunError(_saving_failed(trainer, record, error)) from error
     finally:
+        progress.close()
         interrupt.restore()
+
+
+def _loading_failed(checkpoint: Path, error: Exception) -> str:
+    earlier = last_checkpoint(checkpoint.parent, before=checkpoint)
+    instead = (
+        f"Go on from the one before it: --resume {earlier}"
+        if earlier
+        else "There is none before it: begin again with --overwrite"
+    )
+    reason = str(error).strip().split("\n")[0]
+    return f"{checkpoint} cannot be resumed from: {reason} Is a file damaged? {instead}."
 
 
 def _was_saving(trainer: Trainer, record: RunRecord) -> bool:
@@ -209,7 +284,7 @@ def _was_saving(trainer: Trainer, record: RunRecord) -> bool:
 def _left(record: RunRecord) -> str:
     """What a stopped run has left, and the command that goes on from there."""
     newest = last_checkpoint(record.output_dir)
-    command = f"trl_ext train {record.output_dir / RECIPE} --resume"
+    command = f"{command_name()} train {record.output_dir / RECIPE} --resume"
     if newest is None:
         return f"No checkpoint had been saved; {command} starts again from the beginning."
     return f"The newest complete checkpoint is {newest}; go on from it with: {command}"
@@ -220,18 +295,17 @@ def _finish(trainer: Trainer, record: RunRecord) -> None:
         trainer.evaluate()
     try:
         trainer.save_model(str(record.output_dir))
-        trainer.create_model_card(model_name=record.output_dir.name)
+        _write_model_card(trainer, record)
     except Exception as error:
         raise RunError(_saving_failed(trainer, record, error)) from error
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
-    trainer.accelerator.wait_for_everyone()
-    trainer.end()
     if record.writes:
         gains = held_out_gains(record)
         if gains:
             print(f"\n{before_after_table(gains)}\n")
-        print(_how_to_use(record.output_dir))
+        print(_how_to_use(trainer, record.output_dir), flush=True)
+    end_training(trainer)
 
 
 def _is_evaluated(trainer: Trainer) -> bool:
@@ -249,11 +323,28 @@ def _saving_failed(trainer: Trainer, record: RunRecord, error: Exception) -> str
     )
 
 
-def _how_to_use(output_dir: Path) -> str:
-    """Where the result lies, and a command that uses it."""
+def _write_model_card(trainer: Trainer, record: RunRecord) -> None:
+    """TRL's card; it has no name for a model that is a folder, nor for one that stays local."""
+    trainer.create_model_card(model_name=record.output_dir.name)
+    card = record.output_dir / "README.md"
+    if record.writes and card.is_file():
+        began = yaml.safe_load((record.output_dir / RECIPE).read_text())["model_name_or_path"]
+        text = card.read_text().replace("[None](https://huggingface.co/None)", f"`{began}`")
+        card.write_text(text.replace('model="None"', f'model="{record.output_dir}"'))
+
+
+def _how_to_use(trainer: Trainer, output_dir: Path) -> str:
+    """Where the result lies, and a command that uses it, with a prompt as in training."""
     what = "LoRA adapter" if (output_dir / "adapter_config.json").is_file() else "model"
+    dataset = trainer.eval_dataset or trainer.train_dataset
+    prompt = next(iter(dataset)).get("prompt", "Your prompt")  # pyright: ignore
+    tokens = getattr(trainer.args, "max_completion_length", 20)
+    program = (
+        "from transformers import pipeline; "
+        f"model = pipeline('text-generation', {str(output_dir)!r}); "
+        f"print(model({prompt!r}, max_new_tokens={tokens})[0]['generated_text'])"
+    )
     return (
-        f"The {what} is in {output_dir}, with the recipe that made it. Try it:\n"
-        '  python -c "from transformers import pipeline; '
-        f"print(pipeline('text-generation', '{output_dir}')('Your prompt', max_new_tokens=20))\""
+        f"The {what} is in {output_dir}, with the recipe that made it. Try it on one of its "
+        f"prompts:\n  {shlex.quote(sys.executable)} -c {shlex.quote(program)}"
     )

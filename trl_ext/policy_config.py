@@ -1,13 +1,26 @@
 """What every policy trainer takes, and what the hooks of one are given."""
 
+import types
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from numbers import Integral, Real
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 from torch import Tensor
 from trl import GRPOConfig as TRLGRPOConfig
 
 from trl_ext.errors import ConfigError
 from trl_ext.kl_rules import kl_findings
+from trl_ext.rewards.guard import LONGEST_TIMEOUT
+
+# What an annotation of an option stands for. True is no number here, though Python has it be 1.
+_KINDS: Mapping[Any, tuple[type, str]] = {
+    bool: (bool, "True or False"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "a text"),
+    type(None): (type(None), "None"),
+}
 
 
 @dataclass
@@ -93,16 +106,45 @@ class PolicyConfig(TRLGRPOConfig):
             raise ConfigError("\n".join([f"{type(self).__name__}:", *findings]))
 
     def findings(self) -> list[str]:
-        """What is wrong with these options together, a line each."""
+        """What is wrong with these options, a line each; together, once each has its type."""
         defaults = {option.name: option.default for option in fields(self)}
         refused = [
             f"  {name}={getattr(self, name)!r} does nothing here: {reason}. Remove it."
             for name, reason in self.refused.items()
             if getattr(self, name) != defaults[name]
         ]
+        wrong_types = self._wrong_types()
+        if wrong_types:
+            return refused + wrong_types
         of_kl = {name: getattr(self, name) for name in defaults if name.startswith("kl_")}
         of_kl |= {"beta": self.beta, "allow_biased_kl": self.allow_biased_kl}
-        return refused + [f"  {name}: {problem}" for name, problem in kl_findings(of_kl)]
+        of_kl_wrong = [f"  {name}: {problem}" for name, problem in kl_findings(of_kl)]
+        return refused + of_kl_wrong + self._bad_limits()
+
+    def _wrong_types(self) -> list[str]:
+        """Of the options that are not TRL's, and beta: it is what the penalties here scale by."""
+        trls = {option.name for option in fields(TRLGRPOConfig)}
+        expected = {o.name: o.type for o in fields(self) if o.name not in trls} | {"beta": float}
+        return [
+            f"  {name}={getattr(self, name)!r} is a {type(getattr(self, name)).__name__}; it must "
+            f"be {_in_words(hint)}.{_advice(name, getattr(self, name))}"
+            for name, hint in expected.items()
+            if not _fits(getattr(self, name), hint)
+        ]
+
+    def _bad_limits(self) -> list[str]:
+        found = []
+        if self.reward_timeout is not None and not 0 < self.reward_timeout <= LONGEST_TIMEOUT:
+            found.append(
+                f"  reward_timeout={self.reward_timeout!r} must be > 0 and at most "
+                f"{LONGEST_TIMEOUT:g} seconds, or None for no limit."
+            )
+        if self.stop_strings is not None and "" in self.stop_strings:
+            found.append(
+                f"  stop_strings={self.stop_strings!r} holds an empty text, which every token "
+                "contains: each completion would end with its first token. Remove it."
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -150,6 +192,31 @@ class MicroBatch:
     mask: Tensor
     credit: Tensor
     ref_per_token_logps: Tensor | None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value has an option's type; one that is not listed above is not looked into."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(v, get_args(hint)[0]) for v in value)
+    if isinstance(value, bool) and hint in (int, float):
+        return False
+    return hint not in _KINDS or isinstance(value, _KINDS[hint][0])
+
+
+def _in_words(hint: Any) -> str:
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(map(_in_words, reversed(get_args(hint))))
+    if get_origin(hint) is list:
+        return f"a list, each entry {_in_words(get_args(hint)[0])}"
+    return _KINDS[hint][1] if hint in _KINDS else str(hint)
+
+
+def _advice(name: str, value: Any) -> str:
+    return (
+        f" Write {name}=[{value!r}]." if name == "stop_strings" and isinstance(value, str) else ""
+    )
 
 
 def generated(batch: dict[str, Any]) -> Tensor:

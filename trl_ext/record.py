@@ -7,10 +7,13 @@ evaluations.jsonl  one line an evaluation: the reward of every held-out completi
 checkpoint-N/      what a killed run resumes from
 """
 
+import errno
 import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,36 +41,58 @@ class RunRecord:
         self.output_dir = Path(output_dir)
         self.writes = writes
 
+    @property
+    def is_run(self) -> bool:
+        """Whether `output_dir` holds a run, and not just files of somebody's."""
+        return all((self.output_dir / file).is_file() for file in (RECIPE, ENVIRONMENT))
+
     def check_free(self, *, resume: bool, overwrite: bool) -> None:
         """Whether `output_dir` may become this run's own; nothing is changed.
 
         Raises:
-            RunError: if it holds anything, and neither resume nor overwrite is asked for; or if
-                overwrite would remove what is not a run.
+            RunError: if it holds anything, and neither resume nor overwrite is asked for; if
+                what would be resumed or removed is not a run; or if no directory can be there.
         """
-        held = self.writes and self.output_dir.exists() and any(self.output_dir.iterdir())
-        if not held or resume:
+        name = str(self.output_dir)
+        with _writing(name):
+            above = next(path for path in self.output_dir.absolute().parents if path.exists())
+            if not above.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, f"{above} is a file")
+            held = self.writes and self.output_dir.exists() and any(self.output_dir.iterdir())
+        if not held:
             return
-        is_run = (self.output_dir / RECIPE).is_file()
-        if overwrite and not is_run:
+        if not self.is_run and (resume or overwrite):
+            what = "--resume would train over" if resume else "--overwrite would remove"
             raise RunError(
-                f"--overwrite would remove output_dir {str(self.output_dir)!r}, which holds files "
-                f"but no {RECIPE} of a run. Give another output_dir, or empty it yourself."
+                f"{what} output_dir {name!r}, which holds files but no {RECIPE} and {ENVIRONMENT} "
+                "of a run. Give another output_dir, or empty it yourself."
             )
-        if not overwrite:
-            what = "another run" if is_run else "files already"
+        if overwrite and Path.cwd().is_relative_to(self.output_dir.resolve()):
             raise RunError(
-                f"output_dir {str(self.output_dir)!r} holds {what}. Continue it with --resume, "
-                "replace it with --overwrite, or give another: output_dir=..."
+                f"--overwrite would remove output_dir {name!r}, which the current folder is or "
+                "lies in. Give another output_dir, or go elsewhere."
+            )
+        if not (resume or overwrite):
+            raise RunError(
+                f"output_dir {name!r} holds another run. Continue it with --resume, replace it "
+                "with --overwrite, or give another: output_dir=..."
+                if self.is_run
+                else f"output_dir {name!r} holds files already. Give another: output_dir=..., or "
+                "empty it yourself."
             )
 
     def begin(self, *, keep: bool) -> None:
-        """Make the directory, after `check_free`; without `keep`, an empty one."""
+        """Make the directory, after `check_free`; without `keep`, an empty one.
+
+        Raises:
+            RunError: if it cannot be made or emptied.
+        """
         if not self.writes:
             return
-        if self.output_dir.exists() and not keep:
-            shutil.rmtree(self.output_dir)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        with _writing(str(self.output_dir)):
+            if not keep and self.output_dir.exists() and any(self.output_dir.iterdir()):
+                shutil.rmtree(self.output_dir)
+            self.output_dir.mkdir(parents=True, exist_ok=True)
 
     def describe(self, recipe_yaml: str) -> None:
         """Write the resolved recipe and the environment."""
@@ -90,7 +115,8 @@ class RunRecord:
         """
         path = self.output_dir / file
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        rows = [_row(line) for line in lines if line.endswith("\n")]
+        return [row for row in rows if row is not None]
 
     def forget_after(self, step: int) -> None:
         """Drop lines of steps after `step`: a resumed run takes those steps again."""
@@ -102,13 +128,35 @@ class RunRecord:
                 (self.output_dir / file).write_text("".join(json.dumps(r) + "\n" for r in kept))
 
 
+def _row(line: str) -> dict[str, Any] | None:
+    """A line of a record; None for one that no run wrote."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None
+
+
+@contextmanager
+def _writing(output_dir: str) -> Iterator[None]:
+    """What the file system says about an `output_dir`, as an error that names it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RunError(
+            f"output_dir {output_dir!r} cannot be a run's folder: {reason}. Give a folder that can "
+            "be made and written: output_dir=..."
+        ) from error
+
+
 def is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end, so that it can be resumed from."""
     try:
         state = json.loads((checkpoint / _WRITTEN_LAST).read_text())
     except (OSError, ValueError):
         return False
-    return f"checkpoint-{state.get('global_step')}" == checkpoint.name
+    return isinstance(state, dict) and f"checkpoint-{state.get('global_step')}" == checkpoint.name
 
 
 def is_last_step(checkpoint: Path, max_steps: int) -> bool:
@@ -122,12 +170,17 @@ def is_last_step(checkpoint: Path, max_steps: int) -> bool:
     return state["global_step"] >= (max_steps if max_steps > 0 else state["max_steps"])
 
 
-def last_checkpoint(output_dir: Path) -> Path | None:
-    """The newest complete checkpoint, or None. A half-written one is passed over."""
+def last_checkpoint(output_dir: Path, before: Path | None = None) -> Path | None:
+    """The newest complete checkpoint, of those before `before`, or None.
+
+    A half-written one is passed over.
+    """
     numbered = [
-        path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[1].isdigit()
+        path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[1].isdecimal()
     ]
     newest_first = sorted(numbered, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    if before in newest_first:
+        newest_first = newest_first[newest_first.index(before) + 1 :]
     return next((path for path in newest_first if is_complete(path)), None)
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerState
 from trl import GRPOTrainer as TRLGRPOTrainer
 
-from trl_ext.errors import ConfigError, RunError
+from trl_ext.bundled import resolve_model
+from trl_ext.errors import ConfigError, DataError, RunError
 from trl_ext.functional import TokenAggregation, aggregate_tokens, masked_sum, reward_to_go
 from trl_ext.kl_penalty import KLController, group_centred, penalty_of
 from trl_ext.policy_config import MicroBatch, PolicyConfig, Rollout, generated
@@ -77,6 +78,7 @@ class PolicyTrainer(TRLGRPOTrainer):
         *positional: Any,
         **trl_arguments: Any,
     ):
+        model = resolve_model(model) if isinstance(model, str) else model
         args = self._own_config(model, args)
         self._penalty = penalty_of(args.kl_estimator, args.kl_is_correction, args.kl_clamp)
         self._controller = KLController(
@@ -100,6 +102,7 @@ class PolicyTrainer(TRLGRPOTrainer):
         self._evaluation_rewards: list[Tensor] = []
         self._policy_logps: Tensor | None = None
         self._train_sampler: Any = None
+        _check_size(self.train_dataset, self.args)
         self.args.use_bias_correction_kl = args.kl_is_correction
         self._stop_at(args.stop_strings or [])
         _keep_nf4_gradients_on_cpu(self.model)
@@ -491,6 +494,36 @@ def _check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
     for name, dataset in ({"train_dataset": train_dataset} | named).items():
         if dataset is not None:
             check_prompt_only(dataset, name)
+
+
+def _check_size(train_dataset: Any, args: PolicyConfig) -> None:
+    """A generation batch takes whole groups of different prompts; TRL drops what does not fill one.
+
+    Raises:
+        DataError: if no step could be taken.
+    """
+    assert args.generation_batch_size is not None and args.num_generations is not None
+    needed = args.generation_batch_size // args.num_generations
+    if isinstance(train_dataset, Dataset) and len(train_dataset) < needed:
+        raise DataError(
+            f"The train dataset has {len(train_dataset)} prompts, and one generation batch takes "
+            f"{needed} (generation_batch_size {args.generation_batch_size} / num_generations "
+            f"{args.num_generations}): no step could be taken. Give more prompts, a larger "
+            "num_generations, or a smaller per_device_train_batch_size, "
+            "gradient_accumulation_steps or steps_per_generation."
+        )
+
+
+def end_training(trainer: Trainer) -> None:
+    """End a run of one process or several, after the last use of the trainer.
+
+    The data-parallel wrapper must go before its process group: as its last owner it would wait,
+    with Python's lock in hand, for a gloo thread that waits for that lock.
+    """
+    trainer.accelerator.wait_for_everyone()
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.end()
 
 
 def load_checkpoint(trainer: Trainer, checkpoint: Path) -> None:

@@ -37,6 +37,7 @@ FLOORS = (
     ("plan",),
     ("environment",),
     ("record",),
+    ("resume",),
     ("report",),
     ("callbacks",),
     ("launch",),

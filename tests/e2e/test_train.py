@@ -4,6 +4,7 @@ import json
 import re
 import resource
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,10 @@ def test_a_run_leaves_its_record_and_a_model_that_plain_transformers_loads(
     assert json.loads((output_dir / "environment.json").read_text())["trl"]
     steps = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in steps if "grad_norm" in row] == [*range(1, 7)]
-    assert (output_dir / "README.md").is_file(), "model card"
+    card = (output_dir / "README.md").read_text()
+    assert "None" not in card and "rwr" in card
+    tried = subprocess.run(out[out.index("Try it") :].splitlines()[1], shell=True, text=True)
+    assert tried.returncode == 0, "the command that is printed at the end"
     model: Any = AutoModelForCausalLM.from_pretrained(output_dir)
     tokenizer = AutoTokenizer.from_pretrained(output_dir)
     ids = model.generate(**tokenizer("abc>", return_tensors="pt"), max_new_tokens=3)
@@ -219,3 +223,93 @@ def test_two_processes_train_stop_and_resume(command, run, write_recipe, tmp_pat
     code, _, err = run("train", recipe, *two, "--resume")
     assert code == 0, err[-9000:]
     assert same(parameters(tmp_path / "killed"), parameters(tmp_path / "whole"))
+
+
+def test_overwrite_replaces_a_run_only_when_its_successor_can_be_built(run, write_recipe, tmp_path):
+    recipe = write_recipe(max_steps=1)
+    assert run("train", recipe)[0] == 0
+    kept = tmp_path / "run" / "model.safetensors"
+    wrong = (
+        ("model_name_or_path=no/such/model", "cannot be opened"),
+        ("stop_strings=[€]", "no token of"),
+        ("lora_target_modules=[nope]", "cannot be built"),
+        (f"model_name_or_path={tmp_path / 'run'}", "lies in the output_dir"),
+    )
+    for setting, says in wrong:
+        code, _, err = run("train", recipe, "--overwrite", setting, "use_peft=true")
+        assert code in (1, 2) and says in err, err[-2000:]
+        assert "Traceback" not in err
+        assert kept.is_file(), setting
+
+
+def test_a_folder_with_a_recipe_is_not_a_run(run, write_recipe, tmp_path):
+    recipe = write_recipe(max_steps=1)
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "recipe.yaml").write_text(recipe.read_text())
+    (project / "thesis.txt").write_text("mine")
+    for flag in ("--overwrite", "--resume"):
+        code, _, err = run("train", project / "recipe.yaml", flag, f"output_dir={project}")
+        assert code == 1 and "holds files but no recipe.yaml and environment.json" in err
+    assert (project / "thesis.txt").is_file()
+
+
+def test_resume_with_another_recipe_is_refused_and_changes_nothing(run, write_recipe, tmp_path):
+    recipe = write_recipe(max_steps=2)
+    assert run("train", recipe)[0] == 0
+    before = (tmp_path / "run" / "recipe.yaml").read_text()
+    code, _, err = run("train", recipe, "--resume", "learning_rate=0.5", "use_peft=true")
+    assert code == 2
+    assert "learning_rate: was 0.001, now 0.5" in err and "use_peft: was not set, now True" in err
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == before
+    code, _, err = run("train", recipe, "--resume", "max_steps=3", "logging_steps=2")
+    assert code == 0, err
+
+
+def test_a_damaged_checkpoint_is_named_with_the_one_before(run, write_recipe, tmp_path):
+    recipe = write_recipe(max_steps=3)
+    assert run("train", recipe)[0] == 0
+    (tmp_path / "run" / "checkpoint-3" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    code, _, err = run("train", recipe, "--resume", "max_steps=4")
+    assert code == 1 and "Traceback" not in err
+    assert re.search(r"checkpoint-3 cannot be resumed from", err)
+    earlier = found(r"--resume (\S+checkpoint-2)", err)
+    code, _, err = run("train", recipe, "--resume", earlier, "max_steps=4")
+    assert code == 0, err
+
+
+def test_a_resumed_run_evaluates_at_its_end(run, write_recipe, tmp_path):
+    recipe = write_recipe(max_steps=2)
+    assert run("train", recipe, "eval_on_start=true")[0] == 0
+    code, out, err = run("train", recipe, "eval_on_start=true", "max_steps=3", "--resume")
+    assert code == 0, err
+    assert "after = step 3" in out
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_weights(run, write_recipe, tmp_path):
+    recipe = write_recipe(max_steps=3)
+    code, _, err = run("train", recipe, "learning_rate=1e30")
+    assert code == 1 and "Traceback" not in err
+    assert "not finite" in err
+
+
+def test_an_output_dir_that_cannot_be(run, write_recipe, tmp_path):
+    recipe = write_recipe(max_steps=1)
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        code, _, err = run("train", recipe, f"output_dir={folder}")
+        assert code == 1 and "cannot be a run's folder" in err, err[-1000:]
+        assert "Traceback" not in err
+    assert (tmp_path / "file").read_text() == "mine"
+    code, _, err = run("train", recipe, "output_dir=/proc/no")
+    assert code == 2 and "/proc/no" in err and "Traceback" not in err
+
+
+def test_home_is_one_folder(run, write_recipe, tmp_path):
+    recipe = write_recipe(max_steps=1)
+    code, out, err = run("train", recipe, "output_dir=~/trained", HOME=str(tmp_path))
+    assert code == 0, err
+    assert (tmp_path / "trained" / "checkpoint-1").is_dir()
+    assert (tmp_path / "trained" / "recipe.yaml").is_file()
+    assert not (tmp_path / "~").exists()

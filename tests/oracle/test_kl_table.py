@@ -174,11 +174,20 @@ def test_a_users_formula_is_graded_as_ours():
         (lambda logps, ref: 1.0, r"got float"),
         (lambda logps, ref: logps.sum(), r"one number a token.* got \(\)"),
         (lambda logps, ref: logps * torch.nan, "gave NaN or an infinity"),
+        (lambda logps: logps, r"mine:broken raised TypeError.*called with \(logps, ref_logps\)"),
+        (lambda logps, ref: {}[logps], "mine:broken raised KeyError"),
+        (lambda logps, ref: (logps - ref).detach(), "mine:broken has no gradient"),
+        (5, r"mine:broken is no function.*called with \(logps, ref_logps\)"),
     ],
 )
 def test_a_users_formula_that_is_none(function, says):
     with pytest.raises(ConfigError, match=says):
         ON.grade(user_method("mine:broken", function, "loss"))
+
+
+def test_a_reward_needs_no_gradient():
+    own = user_method("mine:difference", lambda logps, ref: (logps - ref).detach(), "reward")
+    assert ON.grade(own) == ON.grade(BY_NAME["k1 in the reward"])
 
 
 def test_the_markdown_has_a_row_a_method():

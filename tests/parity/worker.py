@@ -16,7 +16,7 @@ from peft import LoraConfig
 from tests.tiny import QUIET, VOCABULARY, count_a, prompts
 from trl_ext.grpo import GRPOTrainer
 from trl_ext.rwr import RWRTrainer
-from trl_ext.trl_adapter import PolicyTrainer
+from trl_ext.trl_adapter import PolicyTrainer, end_training
 
 GLOBAL_BATCH = 16
 TRAINERS = {
@@ -87,8 +87,7 @@ def main(name: str, model: str, output: str, group: int) -> None:
         history = [log for log in trainer.state.log_history if "grad_norm" in log]
         parameters = {n: p.detach() for n, p in trainer.model.named_parameters()}
         torch.save({"parameters": parameters, "history": history}, output)
-    trainer.accelerator.wait_for_everyone()
-    trainer.end()
+    end_training(trainer)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,11 @@ def test_a_directory_belongs_to_one_run(tmp_path):
     record.begin(keep=False)
     record.check_free(resume=False, overwrite=False)  # still empty
     (tmp_path / "run" / "recipe.yaml").write_text("trainer: rwr\n")
+    with pytest.raises(RunError, match="holds files already"):
+        record.check_free(resume=False, overwrite=False)
+    with pytest.raises(RunError, match="would train over"):
+        record.check_free(resume=True, overwrite=False)
+    record.describe("trainer: rwr\n")
     with pytest.raises(RunError, match="holds another run"):
         record.check_free(resume=False, overwrite=False)
     record.check_free(resume=True, overwrite=False)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from trl import GRPOConfig
 
 from tests.tiny import QUIET, VOCABULARY, count_a, prompts, save_tiny_llama
+from trl_ext import trl_adapter
 from trl_ext.errors import ConfigError, DataError, RewardError
 from trl_ext.oracle import tabular_tokenizer
 from trl_ext.rwr import RWRConfig, RWRTrainer
@@ -111,6 +112,18 @@ def test_evaluations_under_persistent_workers_meet_the_prompts_in_one_order(mode
         seen.append([])
         trainer.evaluate()
     assert seen[0] == seen[1] and len(seen[0]) == 6
+
+
+def test_a_dataset_that_fills_no_batch_is_refused(model_path, tmp_path):
+    with pytest.raises(DataError, match=r"has 1 prompts, and one generation batch takes 2"):
+        make(model_path, tmp_path, parts={"train_dataset": prompts(1)})
+    make(model_path, tmp_path, parts={"train_dataset": prompts(2)})
+
+
+def test_a_bundled_model_is_opened_by_its_name(model_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(trl_adapter, "resolve_model", {"bundled:x": model_path}.__getitem__)
+    trainer = make("bundled:x", tmp_path)
+    assert trainer.model.config.vocab_size == VOCABULARY
 
 
 def test_credit_may_be_per_token(model_path, tmp_path):

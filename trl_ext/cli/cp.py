@@ -11,7 +11,9 @@ from pathlib import Path
 import yaml
 
 from trl_ext.errors import ConfigError
+from trl_ext.recipe.layers import display_name
 from trl_ext.recipe.shipped import find_extended, find_recipe, shipped_name
+from trl_ext.recipe.yaml_reader import UNREADABLE, compose, unreadable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Copy a recipe; a file that exists is never replaced."""
     source, destination = find_recipe(args.recipe), Path(args.destination)
-    if destination.is_dir():
+    if os.path.isdir(destination):
         destination = destination / source.name
-    if not destination.parent.is_dir():
+    if not os.path.isdir(destination.parent):
         raise ConfigError(f"There is no folder {destination.parent}. Make it first.")
     text = _rewritten(source, destination)
     try:
@@ -38,15 +40,26 @@ def run(args: argparse.Namespace) -> int:
             f"{destination} exists and is left alone. Give another name: "
             f"trl_ext cp {args.recipe} OTHER.yaml"
         ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"{destination} cannot be written: {error.strerror}. Give another name or folder: "
+            f"trl_ext cp {args.recipe} OTHER.yaml"
+        ) from error
     print(f"{destination}\nTrain it with `trl_ext train {destination}`.")
     return 0
 
 
 def _rewritten(source: Path, destination: Path) -> str:
     """The recipe's text, with what it extends named so that it is found from the destination."""
-    text = source.read_text(encoding="utf-8")
+    try:
+        text = source.read_text(encoding="utf-8")
+        nodes = _extends_nodes(text)
+    except UNREADABLE as error:
+        raise ConfigError(
+            f"{unreadable(error, display_name(source))}. Nothing is copied."
+        ) from error
     # From the end of the file, so that earlier positions stay true.
-    for node in reversed(_extends_nodes(text)):
+    for node in reversed(nodes):
         file = find_extended(node.value, source)
         if file:
             beside = os.path.relpath(file.resolve(), destination.resolve().parent)
@@ -56,7 +69,7 @@ def _rewritten(source: Path, destination: Path) -> str:
 
 
 def _extends_nodes(text: str) -> list[yaml.ScalarNode]:
-    root = yaml.compose(text, yaml.SafeLoader)
+    root = compose(text)
     pairs = root.value if isinstance(root, yaml.MappingNode) else []
     for key, value in pairs:
         if key.value == "extends":

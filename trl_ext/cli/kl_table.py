@@ -11,6 +11,7 @@ examples:
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -40,9 +41,12 @@ def run(args: argparse.Namespace) -> int:
     """Print the table; 1 where a claim of unbiasedness is contradicted."""
     from trl_ext.kl_table import OTHERS, OURS, graded, markdown
 
+    if args.json:
+        _check_folder(Path(args.json))
     methods = [*OURS, *OTHERS, *_own(args)]
     rows = graded(methods, steps=QUICK_STEPS if args.quick else STEPS)
-    print(markdown(rows))
+    note = f" Here it trained for {QUICK_STEPS} steps only, short of rest." if args.quick else ""
+    print(markdown(rows, note))
     if args.json:
         _write([row.record() for row in rows], Path(args.json))
     contradictions = [line for row in rows for line in row.contradictions]
@@ -53,10 +57,17 @@ def run(args: argparse.Namespace) -> int:
 def _own(args: argparse.Namespace) -> list:
     if args.method is None:
         return []
-    from trl_ext.kl_table import user_method
+    from trl_ext.kl_table import Bench, user_method
     from trl_ext.registry import KL_ESTIMATORS
 
-    return [user_method(args.method, KL_ESTIMATORS.load(args.method), args.placement)]
+    method = user_method(args.method, KL_ESTIMATORS.load(args.method), args.placement)
+    Bench().grade(method)  # a mistake in it shows now, not after the others are graded
+    return [method]
+
+
+def _check_folder(path: Path) -> None:
+    if os.path.isdir(path) or not os.path.isdir(path.parent):
+        raise ConfigError(f"--json {path}: cannot be written. Name a file in a folder that exists.")
 
 
 def _write(records: list[dict], path: Path) -> None:

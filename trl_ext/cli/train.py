@@ -8,6 +8,7 @@ examples:
 """
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -44,12 +45,15 @@ def run(args: argparse.Namespace) -> int:
             "train: no recipe is given. Name a YAML file, or a shipped recipe such as "
             "rwr/quickstart; `trl_ext ls` lists them."
         )
+    _check_resume(args)
     recipe = read_recipe(args.recipe, args.overrides)
     os.environ.update(recipe.env)  # before torch and tokenizers read theirs
     if wants_processes(recipe.launcher) and "LOCAL_RANK" not in os.environ:
         command = launch_command(recipe, _arguments(args))
         print("Launching:", " ".join(hide_secrets(command)), file=sys.stderr, flush=True)
         os.execv(command[0], command)
+    # Said at import of a kernel that nothing here uses; it reads as if the installation had failed.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from trl_ext.launch import train
 
     train(recipe, resume=args.resume, overwrite=args.overwrite)
@@ -68,6 +72,19 @@ def _give_back_what_resume_took(args: argparse.Namespace) -> None:
         # The recipe's place was taken by the first override, if there is one.
         args.overrides[:0] = [args.recipe] if args.recipe else []
         args.recipe, args.resume = after, True
+
+
+def _check_resume(args: argparse.Namespace) -> None:
+    if args.resume == "":
+        raise ConfigError(
+            "train: --resume '' names no checkpoint. Give --resume alone for the last one in "
+            "output_dir, or a checkpoint's folder."
+        )
+    if args.resume and args.overwrite:
+        raise ConfigError(
+            "train: --resume goes on with the run that output_dir holds, and --overwrite replaces "
+            "it. Choose one."
+        )
 
 
 def _arguments(args: argparse.Namespace) -> list[str]:

@@ -134,11 +134,22 @@ def user_method(
     """A user's own formula, `function(logps, ref_logps)` -> (B, T), as a method.
 
     Raises:
-        ConfigError: when it is evaluated and does not give one finite number a token.
+        ConfigError: if it is no function; and when it is evaluated, if it fails, does not give one
+            finite number a token, or in the loss one without gradient.
     """
+    expected = "It is called with (logps, ref_logps), both (B, T), and returns one number a token."
+    if not callable(function):
+        raise ConfigError(
+            f"{name} is no function, but of type {type(function).__name__}. {expected}"
+        )
 
     def checked(logps: Tensor, ref_logps: Tensor) -> Tensor:
-        values = function(logps, ref_logps)
+        try:
+            values = function(logps, ref_logps)
+        except Exception as error:  # a user's function may fail in any way
+            raise ConfigError(
+                f"{name} raised {type(error).__name__}: {error}. {expected}"
+            ) from error
         if not isinstance(values, Tensor) or values.shape != logps.shape:
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ConfigError(
@@ -147,6 +158,11 @@ def user_method(
             )
         if not torch.isfinite(values).all():
             raise ConfigError(f"{name} gave NaN or an infinity for finite log-probabilities.")
+        if placement == "loss" and not values.requires_grad:
+            raise ConfigError(
+                f"{name} has no gradient, so it does nothing in the loss. Compute it from logps "
+                "without detach, no_grad or NumPy; or use --placement reward."
+            )
         return values
 
     formula = _sampled(checked) if placement == "loss" else _at_rollout(checked)

@@ -93,9 +93,9 @@ def graded(methods: Sequence[Method], *, steps: int = 1500, seed: int = 0) -> li
     ]
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The table with its legend."""
-    lines = [_LEGEND, "", _line(_COLUMNS), _line(["---"] * len(_COLUMNS))]
+def markdown(rows: Sequence[Row], note: str = "") -> str:
+    """The table with its legend, and what else is to be said of it."""
+    lines = [f"{_LEGEND}{note}", "", _line(_COLUMNS), _line(["---"] * len(_COLUMNS))]
     return "\n".join([*lines, *(_line(_cells(row)) for row in rows)])
 
 

@@ -14,8 +14,8 @@ class ScriptArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id or local path of a dataset, or reasoning_gym/<task>. Ignored where "
-            "`datasets` is given."
+            "help": "Hub id or local path of a dataset, or reasoning_gym/<task>. Not beside "
+            "`datasets`."
         },
     )
     dataset_config: str | None = field(

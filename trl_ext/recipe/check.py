@@ -1,12 +1,21 @@
 """The merged entries of a recipe against the fields they fill. Everything wrong is collected."""
 
+import os
 from typing import Any
 
 from trl_ext.errors import PluginError, UnknownNameError
 from trl_ext.kl_rules import kl_findings
 from trl_ext.recipe.findings import COMMAND_LINE, Finding, Origin, did_you_mean, show_value
-from trl_ext.recipe.schema import COMMON_GROUPS, LAUNCH_GROUP, Fields, class_fields, config_fields
-from trl_ext.recipe.values import WrongValue, convert
+from trl_ext.recipe.ranges import allowed_instead
+from trl_ext.recipe.schema import (
+    COMMON_GROUPS,
+    LAUNCH_GROUP,
+    Field,
+    Fields,
+    class_fields,
+    config_fields,
+)
+from trl_ext.recipe.values import WrongValue, convert, takes_null
 from trl_ext.recipe.yaml_reader import Entries, Entry
 from trl_ext.registry import KL_ESTIMATORS, REWARDS, TRAINERS
 
@@ -17,6 +26,8 @@ def resolve_trainer(entries: Entries, recipe: Origin, findings: list[Finding]) -
     """The "module:Class" of the recipe's trainer."""
     entry = entries.get("trainer")
     if entry is None:
+        if _is_found("trainer", findings):
+            return None
         message = f"missing; say which trainer, one of: {', '.join(TRAINERS.names())}"
         findings.append(Finding(recipe, "trainer", message))
     elif not isinstance(entry.value, str):
@@ -55,9 +66,19 @@ def check_values(
                 values[key] = convert(fields[key], entry)
             except WrongValue as error:
                 findings.append(Finding(entry.origin, key, str(error)))
+            else:
+                _check_range(fields[key], values[key], entry, findings)
         elif "config" in groups or not _trainers_with(key):
             findings.append(Finding(entry.origin, key, _unknown_key(key, entry, list(fields))))
     return values
+
+
+def _check_range(field: Field, value: Any, entry: Entry, findings: list[Finding]) -> None:
+    words = allowed_instead(field.name, value)
+    if words is not None:
+        null = ", or null" if takes_null(field) else ""
+        message = f"got {show_value(value)}; allowed: {words}{null}."
+        findings.append(Finding(entry.origin, field.name, message))
 
 
 def _unknown_key(key: str, entry: Entry, known: list[str]) -> str:
@@ -94,9 +115,39 @@ def check_required(entries: Entries, recipe: Origin, findings: list[Finding]) ->
         ("dataset_name", "datasets"): "what to train on",
     }
     for keys, meaning in needed.items():
+        if any(_is_found(key, findings) and key not in entries for key in keys):
+            continue
         if not any(key in entries and entries[key].value for key in keys):
             given = next((entries[key].origin for key in keys if key in entries), recipe)
             findings.append(Finding(given, " or ".join(keys), f"missing; {meaning}"))
+    if all(key in entries and entries[key].value for key in ("dataset_name", "datasets")):
+        message = "given beside dataset_name, and only one can be trained on; remove one of them"
+        findings.append(Finding(entries["datasets"].origin, "datasets", message))
+
+
+def check_env(env: Entries, findings: list[Finding]) -> None:
+    """Variables that the operating system would not take."""
+    for key, entry in env.items():
+        name = key.removeprefix("env.")
+        if not name or "=" in name or "\0" in name:
+            message = f"{show_value(name)} cannot name a variable: give a name without '=' and NUL"
+        elif not _is_encodable(name + entry.value):
+            message = f"got {show_value(entry.value)}; NUL and halves of a character do not fit"
+        else:
+            continue
+        findings.append(Finding(entry.origin, "env", message))
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def _is_found(key: str, findings: list[Finding]) -> bool:
+    """Whether something is wrong with the key already, so that it is not missing."""
+    return any(finding.key == key for finding in findings)
 
 
 def check_refused(
@@ -155,6 +206,26 @@ def check_rewards(
         except UnknownNameError as error:
             findings.append(Finding(entries["reward_funcs"].origin, "reward_funcs", str(error)))
     return values | {"reward_funcs": rewards}
+
+
+def check_reward_count(
+    fields: Fields, values: dict[str, Any], entries: Entries, findings: list[Finding]
+) -> None:
+    """A trainer with `reward_weights` takes rewards: at least one, and a weight for each."""
+    keys = ("reward_funcs", "reward_model_name_or_path")
+    if "reward_weights" not in fields or any(k in entries and k not in values for k in keys):
+        return
+    count = len(values.get("reward_funcs") or []) + bool(values.get("reward_model_name_or_path"))
+    weights = values.get("reward_weights")
+    if values.get("reward_funcs") == [] and not count:
+        message = "an empty list; name a reward, or set reward_model_name_or_path"
+        findings.append(Finding(entries["reward_funcs"].origin, "reward_funcs", message))
+    if weights is not None and len(weights) != count:
+        message = (
+            f"the number of weights is {len(weights)}, and that of rewards {count} "
+            "(reward_funcs, and reward_model_name_or_path where it is set). Give one for each."
+        )
+        findings.append(Finding(entries["reward_weights"].origin, "reward_weights", message))
 
 
 def _named_reward(reward: str | dict[str, Any]) -> str | dict[str, Any]:

@@ -31,11 +31,6 @@ def check_launcher(
     launcher: dict[str, Any], entries: Entries, findings: list[Finding]
 ) -> dict[str, Any]:
     """The launcher's keys, and what the Accelerate config says where they are silent."""
-    for key in ("num_processes", "num_machines"):
-        count = launcher.get(key)
-        if count is not None and count < 1:
-            message = f"got {count}; allowed: a whole number from 1 on."
-            findings.append(Finding(entries[key].origin, key, message))
     try:
         config = read_accelerate_config(launcher.get("accelerate_config"))
     except ConfigError as error:
@@ -60,10 +55,12 @@ def check_group_size(
     findings: list[Finding],
 ) -> None:
     """Each generation batch holds whole groups of `num_generations` completions."""
+    if _is_any_wrong(_KEYS, findings):
+        return
     known = {key: values.get(key, fields[key].default) for key in _KEYS if key in fields}
     group = known.get("num_generations")
     batch, how = _generation_batch(known, process_count(launcher))
-    if not isinstance(group, int) or batch is None or (group > 0 and batch % group == 0):
+    if not isinstance(group, int) or batch is None or batch % group == 0:
         return
     near = " or ".join(str(size) for size in _nearest_divisors(batch, group))
     message = (
@@ -83,11 +80,13 @@ def check_eval_group_size(
     findings: list[Finding],
 ) -> None:
     """Each evaluation batch holds whole groups; TRL looks only where eval_strategy is set."""
+    if _is_any_wrong((*_EVAL_KEYS, "num_processes"), findings):
+        return
     known = {key: values.get(key, fields[key].default) for key in _EVAL_KEYS if key in fields}
     evaluates = known.get("eval_on_start") or known.get("eval_strategy") not in (None, "no", False)
     group = known.get("num_generations_eval") or known.get("num_generations")
     rows = known.get("per_device_eval_batch_size")
-    if not (evaluates and isinstance(group, int) and isinstance(rows, int) and group > 0):
+    if not (evaluates and isinstance(group, int) and isinstance(rows, int)):
         return
     processes = process_count(launcher)
     if rows * processes % group:
@@ -99,6 +98,11 @@ def check_eval_group_size(
         )
         origin = first_origin(entries, _EVAL_KEYS, recipe)
         findings.append(Finding(origin, "per_device_eval_batch_size", message))
+
+
+def _is_any_wrong(keys: tuple[str, ...], findings: list[Finding]) -> bool:
+    """Whether a number that the batch is computed from is itself wrong."""
+    return any(finding.key in keys for finding in findings)
 
 
 def _generation_batch(known: dict[str, Any], processes: int) -> tuple[int | None, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.recipe.findings import COMMAND_LINE, Finding, did_you_mean, show_value
-from trl_ext.recipe.shipped import find_extended
+from trl_ext.recipe.shipped import extended_path, find_extended
 from trl_ext.recipe.yaml_reader import Entries, Entry, read_scalar, read_yaml
 
 _ASSIGNMENT = re.compile(r"(?:--)?([A-Za-z_][\w.-]*)=(.*)", re.DOTALL)
@@ -57,7 +57,10 @@ def _extended_files(entry: Entry, chain: list[Path], findings: list[Finding]) ->
 def _no_such_file(name: Any, written_in: Path) -> str:
     if not isinstance(name, str):
         return f"got {show_value(name)}; allowed: a path, or a list of paths"
-    folder = (written_in.parent / name).parent
+    path = extended_path(name, written_in)
+    if os.path.isdir(path):
+        return f"{name} is a folder; name a file in it"
+    folder = path.parent
     siblings = [file.name for file in sorted(folder.glob("*.yaml"))]
     hint = did_you_mean(Path(name).name, siblings)
     return f"there is no file {name} beside {display_name(written_in)}.{hint}"

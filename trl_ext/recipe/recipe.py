@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.recipe.check import (
+    check_env,
     check_kl,
     check_refused,
     check_required,
+    check_reward_count,
     check_rewards,
     check_values,
     recipe_fields,
@@ -117,9 +119,11 @@ def _check(file: Path, entries: Entries, recipe: Origin, findings: list[Finding]
     values = check_values(fillers, groups, findings)
     values = check_rewards(values, entries, findings)
     check_required(entries, recipe, findings)
+    check_env(env, findings)
     where = check_launcher(launcher, entries, findings)
     if "config" in groups:
         check_refused(refused_options(target), groups["config"], values, entries, findings)
+        check_reward_count(groups["config"], values, entries, findings)
         check_kl(groups["config"], values, entries, recipe, findings)
         check_group_size(entries, groups["config"], values, where, recipe, findings)
         check_eval_group_size(entries, groups["config"], values, where, recipe, findings)

@@ -38,7 +38,7 @@ def find_recipe(name: str | Path) -> Path:
     """
     path = Path(name)
     for candidate in (path, path.with_name(path.name + ".yaml") if path.name else path):
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # unlike Path.is_file, also of a name that is too long
             return candidate
     shipped = find_shipped(path.as_posix()) or find_shipped(f"recipes/{path.as_posix()}")
     if shipped:
@@ -50,7 +50,11 @@ def _no_such_recipe(path: Path) -> str:
     here = [file.as_posix() for file in sorted(path.parent.glob("*.yaml"))]
     known = here + recipe_names()
     close = difflib.get_close_matches(path.as_posix(), known, n=3, cutoff=0.5)
-    what = f"{path} is a folder, not a recipe." if path.is_dir() else f"There is no recipe {path}."
+    what = (
+        f"{path} is a folder, not a recipe."
+        if os.path.isdir(path)
+        else f"There is no recipe {path}."
+    )
     hint = f" Nearest: {', '.join(close)}." if close else ""
     return (
         f"{what}{hint} `trl_ext ls` lists the shipped recipes; your own is a path to a YAML file."
@@ -64,7 +68,7 @@ def find_shipped(name: str) -> Path | None:
         return None
     base = shipped_folder(kind) / below
     candidates = (base, base.with_name(base.name + ".yaml"))
-    return next((file for file in candidates if file.is_file()), None)
+    return next((file for file in candidates if os.path.isfile(file)), None)
 
 
 def shipped_name(path: Path) -> str | None:
@@ -76,14 +80,19 @@ def shipped_name(path: Path) -> str | None:
     return None
 
 
+def extended_path(name: str, written_in: Path) -> Path:
+    """Where a file lies that `extends` names by its path."""
+    return written_in.parent / os.path.expanduser(name)
+
+
 def find_extended(name: str, written_in: Path) -> Path | None:
     """A file that `extends` names: beside the file that names it, or shipped.
 
     In a wheel `../../configs/lora.yaml` leads elsewhere than in a checkout, so a path written in
     a shipped recipe is also followed through the shipped names.
     """
-    beside = written_in.parent / Path(name).expanduser()
-    if beside.is_file():
+    beside = extended_path(name, written_in)
+    if os.path.isfile(beside):
         return Path(os.path.normpath(beside))
     home = shipped_name(written_in)
     through = find_shipped(os.path.join(os.path.dirname(home), name)) if home else None
@@ -102,7 +111,7 @@ def accelerate_configs() -> dict[str, Path]:
 def find_accelerate_config(name: str) -> Path | None:
     """An Accelerate config by path or by name."""
     path = Path(name)
-    return path if path.is_file() else accelerate_configs().get(name)
+    return path if os.path.isfile(path) else accelerate_configs().get(name)
 
 
 def read_accelerate_config(name: str | None) -> dict[str, Any]:

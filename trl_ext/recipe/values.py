@@ -1,15 +1,16 @@
 """One value against the type of its field: the converted value, or what is wrong with it."""
 
 from collections.abc import Iterator
-from typing import Any, get_origin
+from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import is_typeddict
 
 from trl_ext.recipe.annotations import alternatives, describe, literals
 from trl_ext.recipe.findings import COMMAND_LINE, did_you_mean, show_value
+from trl_ext.recipe.ranges import allowed_instead
 from trl_ext.recipe.schema import Field
-from trl_ext.recipe.yaml_reader import Entry
+from trl_ext.recipe.yaml_reader import Entry, read_scalar
 
 _WORDS_FOR_BOOLEANS = ("yes", "no", "on", "off", "y", "n")
 
@@ -32,6 +33,19 @@ def convert(field: Field, entry: Entry) -> Any:
         except ValidationError as error:
             problems.append(error)
     raise WrongValue(_message(field, entry.value, problems[0]))
+
+
+def takes_null(field: Field) -> bool:
+    """Whether the field may be left empty."""
+    return type(None) in alternatives(field.type)
+
+
+def _fits(field: Field, value: Any) -> bool:
+    try:
+        _adapter(field.type).validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return allowed_instead(field.name, value) is None
 
 
 def _adapter(kind: Any) -> TypeAdapter:
@@ -81,17 +95,23 @@ def _place(value: Any, location: tuple[int | str, ...]) -> str:
 def _hint(field: Field, value: Any) -> str:
     allowed = set(alternatives(field.type))
     if isinstance(value, str):
-        if float in allowed and value.strip("+-").lower() in ("inf", "nan"):
-            return f" Write {value[: value.find(value.strip('+-'))]}.{value.strip('+-').lower()}."
-        if allowed & {int, float} and value.strip("+-").replace(".", "", 1).isdigit():
+        word = value.strip("+-").lower()
+        if word in ("inf", "nan") and _fits(field, float(value)):
+            return f" Write {value[: -len(word)]}.{word}."
+        if _is_number(value) and _fits(field, read_scalar(value, COMMAND_LINE).value):
             return " Write it without quotes."
         return did_you_mean(value, [word for word in literals(field.type) if isinstance(word, str)])
     if isinstance(value, bool) and str in allowed:
         return f' If the word is meant, write it in quotes: "{show_value(value)}".'
     if isinstance(value, int | float) and str in allowed:
         return f' If text is meant, write it in quotes: "{value}".'
-    if isinstance(value, float) and value.is_integer() and int in allowed:
+    if isinstance(value, float) and value.is_integer() and _fits(field, int(value)):
         return f" Write {int(value)}."
-    if isinstance(value, list) and len(value) == 1 and get_origin(field.type) is not list:
+    if isinstance(value, list) and len(value) == 1 and _fits(field, value[0]):
         return f" Write {show_value(value[0])}, without brackets."
     return ""
+
+
+def _is_number(text: str) -> bool:
+    value = read_scalar(text, COMMAND_LINE).value
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,9 +1,4 @@
-"""One YAML file to entries that remember their lines; and the writer that reads back the same.
-
-Scalars follow YAML 1.2 where PyYAML's 1.1 is a trap: `1e-5` is a number, `010` is ten, and neither
-`1:30` nor `2024-01-01` turns into something else than its text. `yes`, `no`, `on` and `off` stay
-booleans, as TRL reads them; check.py takes them as words where a field wants the word.
-"""
+"""One YAML file to entries that remember their lines; and the writer that reads back the same."""
 
 import re
 from dataclasses import dataclass
@@ -13,29 +8,7 @@ from typing import Any
 import yaml
 
 from trl_ext.recipe.findings import Finding, Origin
-
-_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
-_TRAPS = {_INT, _FLOAT, "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value"}
-_RESOLVERS = [
-    (_INT, re.compile(r"[-+]?([0-9][0-9_]*|0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+)$")),
-    (
-        _FLOAT,
-        re.compile(
-            r"([-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?"
-            r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
-        ),
-    ),
-]
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the resolvers above in place of its own."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [rule for rule in rules if rule[0] not in _TRAPS]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
+from trl_ext.recipe.yaml_loader import FIRST, RESOLVERS, Loader, Unfit
 
 
 class _Dumper(yaml.SafeDumper):
@@ -53,17 +26,8 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 _Dumper.add_representer(str, _represent_text)
 
-for _tag, _pattern in _RESOLVERS:
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))
-
-
-def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    text = loader.construct_scalar(node).replace("_", "")
-    return int(text, 0 if re.match(r"[-+]?0[xob]", text) else 10)
-
-
-_Loader.add_constructor(_INT, _construct_int)
+for _tag, _pattern in RESOLVERS:
+    _Dumper.add_implicit_resolver(_tag, _pattern, list(FIRST))
 
 
 @dataclass(frozen=True)
@@ -85,10 +49,10 @@ def read_yaml(path: Path, name: str, findings: list[Finding]) -> Entries:
     """
     origin = Origin(name)
     try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
+        loader = Loader(path.read_text(encoding="utf-8"))
         root = loader.get_single_node()
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        findings.append(_unreadable(error, name))
+    except UNREADABLE as error:
+        findings.append(unreadable(error, name))
         return {}
     if root is None:
         findings.append(Finding(origin, "", "the file is empty; a recipe is lines 'key: value'"))
@@ -98,17 +62,24 @@ def read_yaml(path: Path, name: str, findings: list[Finding]) -> Entries:
         message = f"the top level is a {kind}; a recipe is lines 'key: value'"
         findings.append(Finding(_at(name, root), "", message))
         return {}
-    _find_duplicates(root, name, "", findings)
+    _find_duplicates(root, name, "", findings, set())
     try:
         return _entries(loader, root, name, findings)
     except yaml.YAMLError as error:
-        findings.append(_unreadable(error, name))
+        findings.append(unreadable(error, name))
         return {}
 
 
-def _entries(
-    loader: _Loader, root: yaml.MappingNode, name: str, findings: list[Finding]
-) -> Entries:
+def compose(text: str) -> yaml.Node | None:
+    """The nodes of a file with their places in it.
+
+    Raises:
+        yaml.YAMLError: if it is not YAML that a recipe can hold.
+    """
+    return Loader(text).get_single_node()
+
+
+def _entries(loader: Loader, root: yaml.MappingNode, name: str, findings: list[Finding]) -> Entries:
     loader.flatten_mapping(root)
     entries = {}
     for key_node, node in root.value:
@@ -116,7 +87,10 @@ def _entries(
         if key == "env":
             entries |= _env_entries(node, name, findings)
         else:
-            entries[key] = Entry(loader.construct_object(node, deep=True), origin, _text(node))
+            try:
+                entries[key] = Entry(loader.construct_object(node, deep=True), origin, _text(node))
+            except yaml.MarkedYAMLError as error:
+                findings.append(unreadable(error, name, key))
     return entries
 
 
@@ -132,7 +106,7 @@ def _env_entries(node: yaml.Node, name: str, findings: list[Finding]) -> Entries
 def read_scalar(text: str, origin: Origin) -> Entry:
     """A value from the command line, as YAML where it is YAML and as text otherwise."""
     try:
-        loader = _Loader(text)
+        loader = Loader(text)
         node = loader.get_single_node()
         value = None if node is None else loader.construct_document(node)
     except yaml.YAMLError:
@@ -156,19 +130,31 @@ def _at(name: str, node: yaml.Node) -> Origin:
     return Origin(name, node.start_mark.line + 1)
 
 
-def _unreadable(error: Exception, name: str) -> Finding:
+UNREADABLE = (OSError, yaml.YAMLError, UnicodeDecodeError)
+
+
+def unreadable(error: Exception, name: str, key: str = "") -> Finding:
+    """What an `UNREADABLE` error says of a file, or of one key in it."""
     if isinstance(error, OSError):
-        return Finding(Origin(name), "", f"cannot be read: {error.strerror}")
+        return Finding(Origin(name), key, f"cannot be read: {error.strerror}")
+    if isinstance(error, UnicodeDecodeError | yaml.reader.ReaderError):
+        return Finding(Origin(name), key, f"this is not a text file in UTF-8: {error.reason}")
     mark = getattr(error, "problem_mark", None)
     reason = getattr(error, "problem", None) or str(error)
     origin = Origin(name, None if mark is None else mark.line + 1)
-    return Finding(origin, "", f"this is not valid YAML: {reason}")
+    known = isinstance(error, Unfit) or key
+    return Finding(origin, key, reason if known else f"this is not valid YAML: {reason}")
 
 
-def _find_duplicates(node: yaml.Node, name: str, prefix: str, findings: list[Finding]) -> None:
+def _find_duplicates(
+    node: yaml.Node, name: str, prefix: str, findings: list[Finding], seen: set[int]
+) -> None:
+    if id(node) in seen:  # an alias: many of them, nested, would take for ever
+        return
+    seen.add(id(node))
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            _find_duplicates(item, name, f"{prefix}[{index}]", findings)
+            _find_duplicates(item, name, f"{prefix}[{index}]", findings, seen)
     if not isinstance(node, yaml.MappingNode):
         return
     first: dict[str, int] = {}
@@ -179,4 +165,4 @@ def _find_duplicates(node: yaml.Node, name: str, prefix: str, findings: list[Fin
             message = f"duplicate key, on lines {first[key]} and {line}; keep one"
             findings.append(Finding(Origin(name, line), dotted, message))
         first.setdefault(key, line)
-        _find_duplicates(value_node, name, dotted, findings)
+        _find_duplicates(value_node, name, dotted, findings, seen)

@@ -3,10 +3,11 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from trl_ext.errors import RewardError
 from trl_ext.registry import REWARDS
+from trl_ext.rewards.guard import FAILURES, raised
 
 Entry = str | Mapping[str, Any]
 
@@ -19,7 +20,8 @@ def build_rewards(entries: Sequence[Entry]) -> list[Callable[..., Any]]:
     gets the arguments with each call; otherwise it is a factory, and is called with them here.
 
     Raises:
-        RewardError: if an entry is neither, or the arguments do not fit; with the signature.
+        RewardError: if an entry is neither, the arguments do not fit, or a factory raises; with
+            the signature.
         UnknownNameError: if nothing has that name.
         PluginError: if it cannot be imported.
     """
@@ -36,7 +38,8 @@ def _build(entry: Entry) -> Callable[..., Any]:
     if _takes_completions(loaded, name):
         return _with_arguments(loaded, name, arguments)
     _check_arguments(loaded, name, arguments)
-    made = loaded(**arguments)
+    _check_choices(loaded, name, arguments)
+    made = _made(loaded, name, arguments)
     if not callable(made):
         raise RewardError(
             f"The reward {name!r} takes no argument called completions, so it was called as a "
@@ -62,6 +65,7 @@ def _with_arguments(
     if not arguments:
         return function
     _check_names(function, name, arguments)
+    _check_choices(function, name, arguments)
     # TRL and `guarded` look through a partial for the name and for async functions.
     bound = partial(function, **arguments)
     bound.__name__ = getattr(function, "__name__", name)  # type: ignore[attr-defined]
@@ -70,14 +74,14 @@ def _with_arguments(
 
 def _takes_completions(function: Callable[..., Any], name: str) -> bool:
     """Whether this is a reward function; a class is a factory whatever its __init__ takes."""
-    if inspect.isclass(function):
-        return False
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError as error:  # some built-in functions
         raise RewardError(
             f"The reward {name!r} does not say which arguments it takes; {_must_be()}."
         ) from error
+    if inspect.isclass(function):
+        return False
     return any(p.name == "completions" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
@@ -94,15 +98,42 @@ def _check_names(function: Callable[..., Any], name: str, arguments: dict[str, A
         )
 
 
+def _check_choices(function: Callable[..., Any], name: str, arguments: dict[str, Any]) -> None:
+    """Refuse a value that the signature's `Literal` excludes: a call would come after the model."""
+    parameters = inspect.signature(function).parameters
+    for key, value in arguments.items():
+        annotation = parameters[key].annotation if key in parameters else None
+        if get_origin(annotation) is Literal and value not in get_args(annotation):
+            allowed = " or ".join(map(str, get_args(annotation)))
+            raise RewardError(f"The reward {name!r}: {key} is {value!r}; it must be {allowed}.")
+
+
 def _check_arguments(factory: Callable[..., Any], name: str, arguments: dict[str, Any]) -> None:
     try:
         inspect.signature(factory).bind(**arguments)
     except TypeError as error:
-        given = ", ".join(f"{key}: {value!r}" for key, value in arguments.items()) or "none"
         raise RewardError(
-            f"The reward {name!r} cannot be made with the arguments given ({given}): {error}. "
-            f"Its signature: {_signature(factory)}. Write `- {{name: {name}, argument: value}}`."
+            f"The reward {name!r} cannot be made with the arguments given ({_given(arguments)}): "
+            f"{error}. Its signature: {_signature(factory)}. Write "
+            f"`- {{name: {name}, argument: value}}`."
         ) from error
+
+
+def _made(factory: Callable[..., Any], name: str, arguments: dict[str, Any]) -> Any:
+    try:
+        return factory(**arguments)
+    except RewardError:
+        raise
+    except FAILURES as error:  # a user's factory may fail in any way
+        raise RewardError(
+            f"The reward {name!r} was called as a factory, {_signature(factory)}, with the "
+            f"arguments given ({_given(arguments)}), and raised {raised(error)}. Correct the "
+            "arguments or the factory. On the command line, --debug shows the traceback."
+        ) from error
+
+
+def _given(arguments: dict[str, Any]) -> str:
+    return ", ".join(f"{key}: {value!r}" for key, value in arguments.items()) or "none"
 
 
 def _signature(function: Callable[..., Any]) -> str:

@@ -10,19 +10,20 @@ import inspect
 import itertools
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from fractions import Fraction
 from typing import Any
 
 from trl_ext.errors import ConfigError, RewardError
 from trl_ext.rewards.deadline import RewardTimeout, async_deadline, deadline
+from trl_ext.rewards.returned import Checked, cut, shown
 
-FLOAT32_MAX = 3.4028234663852886e38  # TRL keeps rewards in float32, where more becomes inf
-SHOWN_CHARACTERS = 160
+LONGEST_TIMEOUT = 86_400.0  # seconds, a day: timers overflow some way above
+# What a reward's failure is. sys.exit in a reward would end the run as if it had succeeded.
+FAILURES = (Exception, SystemExit)
 # Columns by which a reward writes to TRL's logs; switched off while a failure is looked into.
 LOGGERS = ("log_extra", "log_metric")
 NO_CULPRIT = (
-    "Each completion alone is scored without an error, so it is the batch that it cannot take; "
-    "the traceback above says where."
+    "Each completion alone is scored without an error, so it is the batch that it cannot take. "
+    "On the command line, --debug shows the traceback."
 )
 NOT_FOUND = "Which completion it was could not be found within the reward's time limit."
 
@@ -41,18 +42,39 @@ def guarded(reward_func: Any, name: str, timeout: float | None = None) -> Any:
     Returns:
         A function of the same kind. It gives a list of floats; None, TRL's "does not apply",
         stays None.
+
+    Raises:
+        ConfigError: if it is none of these, or the time limit is not one.
     """
     import torch
 
     if isinstance(reward_func, str | torch.nn.Module):
         return reward_func
-    if timeout is not None and not timeout > 0:
-        raise ConfigError(f"The time limit of the reward {name!r} is {timeout!r}; it must be > 0.")
+    _check_reward(reward_func, name, timeout)
     wrap = _guarded_async if _is_async(reward_func) else _guarded_sync
     wrapper = wrap(reward_func, name, timeout)
     wrapper.__name__ = name
     wrapper.__doc__ = reward_func.__doc__
     return wrapper
+
+
+def _check_reward(reward_func: Any, name: str, timeout: Any) -> None:
+    if not callable(reward_func):
+        raise ConfigError(
+            f"A reward function is given as {cut(reward_func)}, a {type(reward_func).__name__}. "
+            "It must be a function (prompts, completions, **columns) -> one number a completion, "
+            "a model (torch.nn.Module) or a model's name; several go into a list."
+        )
+    if timeout is not None and not _is_timeout(timeout):
+        raise ConfigError(
+            f"The time limit of the reward {name!r} is {timeout!r}; it must be > 0 and at most "
+            f"{LONGEST_TIMEOUT:g} seconds, or None for no limit."
+        )
+
+
+def _is_timeout(timeout: Any) -> bool:
+    is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+    return is_number and 0 < timeout <= LONGEST_TIMEOUT
 
 
 def _is_async(function: Any) -> bool:
@@ -66,6 +88,8 @@ def _is_async(function: Any) -> bool:
 def _guarded_sync(
     reward_func: Callable[..., Any], name: str, timeout: float | None
 ) -> Callable[..., list[float | None]]:
+    checked = Checked(name)
+
     def reward(prompts: list, completions: list, **columns: Any) -> list[float | None]:
         try:
             with deadline(name, len(completions), timeout):
@@ -75,9 +99,9 @@ def _guarded_sync(
             raise RewardTimeout(f"{failure} {found}") from None
         except RewardError:
             raise
-        except Exception as failure:
+        except FAILURES as failure:
             raise _explained(name, failure, find(prompts, completions, columns)) from failure
-        return _checked(values, name, prompts, completions)
+        return checked(values, prompts, completions)
 
     def find(prompts: list, completions: list, columns: dict[str, Any]) -> str:
         try:
@@ -85,7 +109,7 @@ def _guarded_sync(
                 for index, sample in enumerate(_samples(prompts, completions, columns)):
                     try:
                         reward_func(**sample)
-                    except Exception:
+                    except FAILURES:
                         return _culprit(index, prompts, completions)
         except RewardError:
             return NOT_FOUND
@@ -93,7 +117,7 @@ def _guarded_sync(
 
     def slowest(prompts: list, completions: list, columns: dict[str, Any]) -> str:
         starts = [time.monotonic()]
-        with contextlib.suppress(Exception), deadline(name, len(completions), timeout):
+        with contextlib.suppress(*FAILURES), deadline(name, len(completions), timeout):
             for sample in _samples(prompts, completions, columns):
                 reward_func(**sample)
                 starts.append(time.monotonic())
@@ -113,13 +137,15 @@ def _slowest(starts: list[float], prompts: list, completions: list) -> str:
     index = seconds.index(max(seconds))
     return (
         f"Scored alone, the slowest takes {seconds[index]:.1f} s or more. "
-        f"{_shown(index, prompts, completions)}"
+        f"{shown(index, prompts, completions)}"
     )
 
 
 def _guarded_async(
     reward_func: Callable[..., Awaitable[Any]], name: str, timeout: float | None
 ) -> Callable[..., Awaitable[list[float | None]]]:
+    checked = Checked(name)
+
     async def reward(prompts: list, completions: list, **columns: Any) -> list[float | None]:
         try:
             async with async_deadline(name, len(completions), timeout):
@@ -129,9 +155,9 @@ def _guarded_async(
             raise RewardTimeout(f"{failure} {found}") from None
         except RewardError:
             raise
-        except Exception as failure:
+        except FAILURES as failure:
             raise _explained(name, failure, await find(prompts, completions, columns)) from failure
-        return _checked(values, name, prompts, completions)
+        return checked(values, prompts, completions)
 
     async def find(prompts: list, completions: list, columns: dict[str, Any]) -> str:
         try:
@@ -139,7 +165,7 @@ def _guarded_async(
                 for index, sample in enumerate(_samples(prompts, completions, columns)):
                     try:
                         await reward_func(**sample)
-                    except Exception:
+                    except FAILURES:
                         return _culprit(index, prompts, completions)
         except RewardError:
             return NOT_FOUND
@@ -147,7 +173,7 @@ def _guarded_async(
 
     async def slowest(prompts: list, completions: list, columns: dict[str, Any]) -> str:
         starts = [time.monotonic()]
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(*FAILURES):
             async with async_deadline(name, len(completions), timeout):
                 for sample in _samples(prompts, completions, columns):
                     await reward_func(**sample)
@@ -173,64 +199,21 @@ def _samples(prompts: list, completions: list, columns: dict[str, Any]) -> Itera
         }
 
 
-def _explained(name: str, failure: Exception, where: str) -> RewardError:
-    return RewardError(f"The reward {name!r} raised {type(failure).__name__}: {failure}. {where}")
+def _explained(name: str, failure: BaseException, where: str) -> RewardError:
+    return RewardError(f"The reward {name!r} raised {raised(failure)}. {where}")
+
+
+def raised(failure: BaseException) -> str:
+    """An exception's type and message, also where its own code cannot write the message."""
+    try:
+        message = str(failure)
+    except Exception as second:
+        message = f"(its message cannot be written: {type(second).__name__})"
+    return f"{type(failure).__name__}: {message}"
 
 
 def _culprit(index: int, prompts: list, completions: list) -> str:
     return (
-        f"{_shown(index, prompts, completions)} A policy may write anything: let the reward return "
+        f"{shown(index, prompts, completions)} A policy may write anything: let the reward return "
         "a number for it, or None where it does not apply."
     )
-
-
-def _checked(values: Any, name: str, prompts: list, completions: list) -> list[float | None]:
-    """What a reward returned as a list with one float or None a completion."""
-    if hasattr(values, "tolist"):  # a tensor or an array
-        values = values.tolist()
-    if not isinstance(values, list | tuple):
-        raise RewardError(
-            f"The reward {name!r} returned a {type(values).__name__}, {_cut(values)}; it must "
-            f"return a list with one number, or None, for each of the {len(completions)} "
-            "completions."
-        )
-    if len(values) != len(completions):
-        raise RewardError(
-            f"The reward {name!r} returned {len(values)} values for {len(completions)} "
-            "completions; it must return exactly one a completion, in their order."
-        )
-    return [_number(value, name, index, prompts, completions) for index, value in enumerate(values)]
-
-
-def _number(value: Any, name: str, index: int, prompts: list, completions: list) -> float | None:
-    if value is None:
-        return None
-    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:  # a 0-d tensor, a numpy number
-        value = value.item()
-    if isinstance(value, int | float | Fraction):
-        if abs(value) <= FLOAT32_MAX:  # false for NaN too
-            return float(value)
-        problem = "is not a number" if value != value else "is not finite in float32"
-    else:
-        problem = f"is a {type(value).__name__}"
-    raise RewardError(
-        f"The reward {name!r} returned {_cut(value)}, which {problem}. "
-        f"{_shown(index, prompts, completions)} Return a finite number, or None where the reward "
-        "does not apply."
-    )
-
-
-def _shown(index: int, prompts: list, completions: list) -> str:
-    return (
-        f"Sample {index} of {len(completions)}: prompt {_cut(prompts[index])}, "
-        f"completion {_cut(completions[index])}."
-    )
-
-
-def _cut(value: Any) -> str:
-    """A value's repr, its middle left out where it is long: a prompt's end asks the question."""
-    text = repr(value)
-    if len(text) <= SHOWN_CHARACTERS:
-        return text
-    half = SHOWN_CHARACTERS // 2
-    return f"{text[:half]} … {text[-half:]}"

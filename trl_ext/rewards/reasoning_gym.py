@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from trl_ext.errors import RewardError
 from trl_ext.rewards.reading import completion_text, lenient_answer, strict_answer
@@ -17,7 +17,7 @@ def reasoning_gym(
     entry: Sequence[str] | None = None,
     question: Sequence[str] | None = None,
     answer: Sequence[str | None] | None = None,
-    reader: str = "strict",
+    reader: Literal["strict", "lenient"] = "strict",
     log_metric: Callable[[str, float], None] | None = None,
     **columns: Any,
 ) -> list[float]:

@@ -5,6 +5,10 @@ from typing import ClassVar, Literal
 
 from trl_ext.policy_config import PolicyConfig
 
+# Below, r/beta and its square (the variance of reward samples) would leave float32 for rewards
+# that are still ordinary numbers.
+LEAST_BETA = 1e-15
+
 
 @dataclass
 class RWRConfig(PolicyConfig):
@@ -107,8 +111,8 @@ class RWRConfig(PolicyConfig):
     }
 
     def findings(self) -> list[str]:
-        """What is wrong with these options together, a line each."""
-        return super().findings() + self._bad_values()
+        """What is wrong with these options, a line each; together, once each has its type."""
+        return super().findings() + ([] if self._wrong_types() else self._bad_values())
 
     def _sampler_is_not_the_policy(self) -> list[str]:
         neutral = {
@@ -129,6 +133,11 @@ class RWRConfig(PolicyConfig):
         if not self.beta >= 0:
             findings.append(
                 f"  beta={self.beta!r} must be between 0 (best of n) and inf (uniform weights)."
+            )
+        if 0 < self.beta < LEAST_BETA:
+            findings.append(
+                f"  beta={self.beta!r} is so small that r/beta overflows. It must be at least "
+                f"{LEAST_BETA:g}; beta=0 is its limit, best of n."
             )
         if self.reference == "fixed" and self.beta == 0:
             findings.append(

@@ -51,7 +51,7 @@ def answer_of(letters: str) -> str:
 
 
 def splits(kwargs: dict[str, Any]) -> "dict[str, Dataset]":
-    """Train and test split with the columns `prompt` and `answer`.
+    """The train split, and a test split unless `eval_size` is 0; columns `prompt` and `answer`.
 
     Args:
         kwargs: `size` and `eval_size` (numbers of strings; they may repeat within a split, and
@@ -64,14 +64,18 @@ def splits(kwargs: dict[str, Any]) -> "dict[str, Dataset]":
         if key not in DEFAULTS:
             known = ", ".join(DEFAULTS)
             raise ConfigError(f"dataset_kwargs: char_reverse has no key {key!r}; it has {known}.")
-        if not isinstance(value, int) or value < (key != "seed"):
-            raise ConfigError(f"dataset_kwargs: {key} is {value!r}; it must be a whole number.")
+        least = int(key == "size")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(
+                f"dataset_kwargs: {key} is {value!r}; it must be a whole number from {least} on."
+            )
     chosen = DEFAULTS | kwargs
     rng = random.Random(chosen["seed"])
-    return {
-        "train": _dataset(list(islice(draw(rng), chosen["size"]))),
-        "test": _dataset(list(islice(draw(rng, held_out=True), chosen["eval_size"]))),
-    }
+    found = {"train": _dataset(list(islice(draw(rng), chosen["size"])))}
+    if chosen["eval_size"]:
+        held_out = draw(rng, held_out=True)
+        found["test"] = _dataset(list(islice(held_out, chosen["eval_size"])))
+    return found
 
 
 def _dataset(strings: list[str]) -> "Dataset":

@@ -1,7 +1,7 @@
 """From the dataset keys of a recipe to a training and an evaluation split."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,12 +53,16 @@ def load_splits(
     return train, _select(splits, test_split, name, "dataset_test_split")
 
 
-def _refuse_loading_options(script: Mapping[str, Any], name: str) -> None:
-    for key in ("dataset_config", "dataset_streaming"):
+def _refuse_loading_options(
+    script: Mapping[str, Any],
+    name: str,
+    keys: Sequence[str] = ("dataset_config", "dataset_streaming"),
+    why: str = "that is generated, or was saved whole",
+) -> None:
+    for key in keys:
         if script.get(key):
             raise ConfigError(
-                f"{key} is {script[key]!r}, which does nothing for {name}: that is generated, or "
-                f"was saved whole. Remove {key}."
+                f"{key} is {script[key]!r}, which does nothing for {name}: {why}. Remove {key}."
             )
 
 
@@ -85,11 +89,12 @@ def _load(name: str, script: Mapping[str, Any], kwargs: dict[str, Any]) -> Mappi
         return _from_disk(path, script, kwargs)
     arguments = {"path": name, "name": script.get("dataset_config"), **kwargs}
     if path.is_file():
-        if path.suffix not in BUILDERS:
+        if path.suffix.lower() not in BUILDERS:
             raise DataError(
                 f"dataset_name {name!r} is a file that is none of {', '.join(BUILDERS)}."
             )
-        arguments |= {"path": BUILDERS[path.suffix], "data_files": str(path)}
+        _refuse_loading_options(script, name, ("dataset_config",), "a file has no configurations")
+        arguments |= {"path": BUILDERS[path.suffix.lower()], "data_files": str(path)}
     elif path.is_dir():
         arguments["path"] = str(path)
     elif _looks_like_a_path(name):
@@ -104,10 +109,15 @@ def _load_dataset(name: str, arguments: dict[str, Any], *, streaming: bool) -> M
         splits = load_dataset(**arguments, streaming=streaming)
     except Exception as error:  # each file format, and the hub, raises kinds of its own
         reason = error.__cause__ or error
+        if _says_no_rows(reason):
+            raise DataError(
+                f"The dataset {name} has no rows. Write at least one, with the column 'prompt'."
+            ) from error
         raise DataError(
-            f"The dataset {name} cannot be read: {type(reason).__name__}: {reason}. dataset_name "
-            f"is reasoning_gym/<task>, char_reverse, a {', '.join(BUILDERS)} file, a directory, "
-            "or a dataset on the hub (which needs the network, or an earlier download)."
+            f"The dataset {name} cannot be read: {type(reason).__name__}: {reason}."
+            f"{_generated_neighbour(name)} dataset_name is reasoning_gym/<task>, char_reverse, "
+            f"a {', '.join(BUILDERS)} file, a directory, or a dataset on the hub (which needs the "
+            "network, or an earlier download)."
         ) from error
     if not isinstance(splits, Mapping):
         raise ConfigError(
@@ -115,6 +125,22 @@ def _load_dataset(name: str, arguments: dict[str, Any], *, streaming: bool) -> M
             "dataset_test_split."
         )
     return splits
+
+
+def _says_no_rows(reason: BaseException) -> bool:
+    """Whether this is how `datasets` fails on an empty file, or on one without a row."""
+    no_file_content = isinstance(reason, StopIteration) or type(reason).__name__ == "EmptyDataError"
+    return no_file_content or "corresponds to no data" in str(reason)
+
+
+def _generated_neighbour(name: str) -> str:
+    """A generated task of nearly that name, for the error message."""
+    head, _, task = name.partition("/")
+    close = difflib.get_close_matches(head, ["char_reverse", GENERATED.rstrip("/")], n=1)
+    if not close:
+        return ""
+    meant = "char_reverse" if close[0] == "char_reverse" else f"{GENERATED}{task or '<task>'}"
+    return f" Did you mean {meant!r}?"
 
 
 def _was_saved_to_disk(path: Path) -> bool:
@@ -135,7 +161,8 @@ def _from_disk(path: Path, script: Mapping[str, Any], kwargs: dict[str, Any]) ->
 
 def _looks_like_a_path(name: str) -> bool:
     """A hub id is `name` or `owner/name`, without a data file's ending."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in BUILDERS
+    is_data_file = Path(name).suffix.lower() in BUILDERS
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or is_data_file
 
 
 def _neighbour(path: Path) -> str:

@@ -112,10 +112,14 @@ class _Source:
         self.settings = settings
         try:
             self._generator(seed=0, size=1)
-        except (AssertionError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"dataset_kwargs: reasoning_gym/{task} refuses the settings {settings}: {error}"
-            ) from error
+        except Exception as error:  # each task checks its settings in its own way
+            raise self._refused(error) from error
+
+    def _refused(self, error: Exception) -> ConfigError:
+        return ConfigError(
+            f"dataset_kwargs: reasoning_gym/{self.task} refuses the settings {self.settings}: "
+            f"{type(error).__name__}: {error}. Correct these, or leave them out for the defaults."
+        )
 
     def _generator(self, *, seed: int, size: int) -> Any:
         from reasoning_gym.factory import create_dataset
@@ -126,7 +130,12 @@ class _Source:
         """Endless entries, in chunks because some tasks cannot be asked beyond their size."""
         for number in count():
             generator = self._generator(seed=seed + number * chunk, size=chunk)
-            yield from (generator[index] for index in range(chunk))
+            for index in range(chunk):
+                try:
+                    entry = generator[index]
+                except Exception as error:  # of settings that only a draw makes use of
+                    raise self._refused(error) from error
+                yield entry
 
     def any(self, size: int, seed: int, taken: Collection[str]) -> list[dict[str, Any]]:
         """`size` entries whose questions are not taken; they may repeat."""

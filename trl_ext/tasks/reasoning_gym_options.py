@@ -41,10 +41,9 @@ class Options:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             is_integer = isinstance(value, int) and not isinstance(value, bool)
-            if field.type in (int, "int") and not (is_integer and value >= 0):
-                raise _wrong(field.name, value, "a whole number that is not negative")
-        if self.size == 0:
-            raise _wrong("size", self.size, "at least 1")
+            least = int(field.name == "size")
+            if field.type in (int, "int") and not (is_integer and value >= least):
+                raise _wrong(field.name, value, f"a whole number from {least} on")
         if self.format not in ("plain", "chat"):
             raise _wrong("format", self.format, "plain or chat")
         if self.template is not None and "{question}" not in str(self.template):

@@ -165,6 +165,39 @@ def test_cp_into_no_folder(home, trl_ext):
     assert "There is no folder no/such" in err
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"a: \xff\n", "bad.yaml: this is not a text file in UTF-8"),
+        (b"a: 1\nb: [1\nc: 2\n", "bad.yaml:3: this is not valid YAML"),
+        (b"a: 1\nb: &x [*x]\n", "bad.yaml:2: *x stands for what it is itself a part of"),
+    ],
+)
+def test_cp_of_what_is_no_recipe(home, trl_ext, content, says):
+    Path("bad.yaml").write_bytes(content)
+    code, _, err = trl_ext("cp", "bad.yaml", "copy.yaml")
+    assert code == 2 and says in err
+    assert not Path("copy.yaml").exists()
+
+
+def test_cp_to_where_nothing_can_be_written(home, trl_ext, monkeypatch):
+    code, _, err = trl_ext("cp", "rwr/first", "x" * 300)
+    assert code == 2 and "cannot be written: File name too long" in err
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "")
+    code, _, err = trl_ext("cp", "rwr/first", "x.yaml")
+    assert code == 2 and "x.yaml cannot be written: Permission denied" in err
+
+
+def test_a_recipe_whose_name_is_too_long(home, trl_ext):
+    code, _, err = trl_ext("cp", "x" * 300)
+    assert code == 2 and "There is no recipe xxx" in err
+
+
 def test_env(trl_ext):
     code, out, _ = trl_ext("env", "--json")
     facts = json.loads(out)
@@ -208,6 +241,16 @@ def test_kl_table_of_ones_own(two_methods, trl_ext, tmp_path, monkeypatch):
     assert code == 2 and "diference" in err
 
 
+def test_kl_table_of_a_broken_one_computes_nothing(two_methods, trl_ext, tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text("five = 5\ndef one(p):\n    return p\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("trl_ext.kl_table.graded", lambda *_, **__: pytest.fail("computed"))
+    code, _, err = trl_ext("kl-table", "--method", "broken:five")
+    assert code == 2 and "broken:five is no function, but of type int" in err
+    code, _, err = trl_ext("kl-table", "--method", "broken:one")
+    assert code == 2 and "broken:one raised TypeError" in err
+
+
 def test_kl_table_fails_where_a_claim_is_false(two_methods, trl_ext, monkeypatch):
     liar = dataclasses.replace(OURS[0], claim="whole")
     monkeypatch.setattr("trl_ext.kl_table.OURS", [liar])
@@ -216,6 +259,9 @@ def test_kl_table_fails_where_a_claim_is_false(two_methods, trl_ext, monkeypatch
     assert "Contradicted: k1 in the loss: its on-policy gradient is said to be whole" in err
 
 
-def test_kl_table_that_cannot_be_written(two_methods, trl_ext, tmp_path):
+def test_kl_table_that_cannot_be_written(two_methods, trl_ext, tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_ext.kl_table.graded", lambda *_, **__: pytest.fail("computed"))
+    code, _, err = trl_ext("kl-table", "--json", str(tmp_path))
+    assert code == 2 and "cannot be written" in err
     code, _, err = trl_ext("kl-table", "--quick", "--json", str(tmp_path / "no" / "t.json"))
     assert code == 2 and "cannot be written" in err

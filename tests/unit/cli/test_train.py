@@ -69,6 +69,26 @@ def test_no_recipe(calls, trl_ext):
     assert calls == []
 
 
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--resume", "--overwrite"], "Choose one"),
+        (["--resume=c", "--overwrite"], "Choose one"),
+        (["--resume", ""], "names no checkpoint"),
+        (["--resume="], "names no checkpoint"),
+    ],
+)
+def test_a_resume_that_means_nothing(calls, trl_ext, argv, says):
+    code, _, err = trl_ext("train", "rwr/first", *argv)
+    assert code == 2 and says in err
+    assert calls == []
+
+
+def test_overwrite_reaches_the_launched(calls, trl_ext, monkeypatch):
+    command = launched(monkeypatch, trl_ext, 0, "num_processes=2", "--overwrite")
+    assert command[command.index("rwr/first") + 1] == "--overwrite"
+
+
 def test_the_environment_is_set_before_training(calls, trl_ext, monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ))
     assert trl_ext("train", "rwr/first", "env.SOME_VARIABLE=1e3")[0] == 0
@@ -96,10 +116,10 @@ def launched(monkeypatch, trl_ext, devices, *argv):
 
 
 def test_several_processes_without_an_accelerator(calls, trl_ext, monkeypatch):
-    argv = ["num_processes=2", "--resume", "c", "--overwrite", "--seed", "1"]
+    argv = ["num_processes=2", "--resume", "c", "--seed", "1"]
     assert launched(monkeypatch, trl_ext, 0, *argv) == [
         "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-        "-m", "trl_ext", "train", "rwr/first", "--overwrite", "--resume", "c",
+        "-m", "trl_ext", "train", "rwr/first", "--resume", "c",
         "num_processes=2", "--seed", "1", "ddp_backend=gloo",
     ]  # fmt: skip
     assert calls == []

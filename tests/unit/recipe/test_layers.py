@@ -24,6 +24,22 @@ def test_the_later_layer_wins(write):
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("folder", "r.yaml:5: extends: folder is a folder; name a file in it"),
+        ("x" * 300, "r.yaml:5: extends: there is no file xxx"),
+        ("~no_such_user/x.yaml", "r.yaml:5: extends: there is no file ~no_such_user/x.yaml"),
+    ],
+)
+def test_extends_of_what_is_no_file(write, name, says):
+    write("folder/a.yaml", "seed: 1\n", least=False)
+    write("r.yaml", f"extends: {name}\n")
+    with pytest.raises(ConfigError) as error:
+        read_recipe("r.yaml")
+    assert says in str(error.value)
+
+
 def test_extends_is_relative_to_the_file_that_names_it(write):
     write("a/b/leaf.yaml", "seed: 5\n", least=False)
     write("a/middle.yaml", "extends: b/leaf.yaml\n", least=False)

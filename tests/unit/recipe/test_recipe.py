@@ -90,8 +90,8 @@ def test_everything_wrong_is_reported_at_once(write):
         ["r.yaml:8", "seed"],
         ["r.yaml:9", "dtype"],
         ["r.yaml:10", "reward_funcs"],
-        ["command line", "max_steps"],
         ["command line", "num_processes"],
+        ["command line", "max_steps"],
     ]
 
 
@@ -151,6 +151,80 @@ def test_a_mixture_is_data_too(write):
     assert read_recipe("r.yaml").groups["mixture"] == {"datasets": [{"path": "p"}]}
 
 
+def test_a_mixture_beside_a_dataset(write):
+    write("r.yaml", "datasets: [{path: p}]\n")
+    (line,) = findings_of("r.yaml")
+    assert line.startswith("r.yaml:5: datasets: given beside dataset_name")
+    assert read_recipe("r.yaml", ["dataset_name=null"]).groups["mixture"]["datasets"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ("reward_funcs: []", "r.yaml:5: reward_funcs: an empty list"),
+        ("reward_weights: [1]", "r.yaml:5: reward_weights: the number of weights is 1, and that"),
+        (
+            "reward_funcs: [exact_match]\nreward_model_name_or_path: m\nreward_weights: [1]",
+            "r.yaml:7: reward_weights: the number of weights is 1, and that of rewards 2",
+        ),
+        ("reward_funcs: []\nreward_model_name_or_path: m\nreward_weights: [1]", None),
+        ("reward_funcs: [exact_match, accuracy_reward]\nreward_weights: [1, 0]", None),
+    ],
+)
+def test_a_weight_for_each_reward(write, lines, says):
+    write("r.yaml", lines + "\n")
+    if says is None:
+        assert read_recipe("r.yaml")
+    else:
+        assert any(line.startswith(says) for line in findings_of("r.yaml"))
+
+
+def test_a_trainer_without_rewards_needs_none(write):
+    write("r.yaml", "reward_funcs: []\n")
+    assert read_recipe("r.yaml", ["trainer=sft"])
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('"A=B": 1', "'A=B' cannot name a variable"),
+        ('"": 1', "'' cannot name a variable"),
+        ('"A\\0": 1', "cannot name a variable"),
+        ('A: "x\\0"', "got 'x\\x00'; NUL"),
+        ('A: "\\ud800"', "halves of a character"),
+    ],
+)
+def test_a_variable_that_no_system_takes(write, line, says):
+    write("r.yaml", f"env:\n  {line}\n")
+    (found,) = findings_of("r.yaml")
+    assert found.startswith("r.yaml:6: env: ") and says in found
+
+
+def test_what_cannot_be_read_is_not_missing_too(write):
+    write("r.yaml", "trainer: !!int a\noutput_dir: !!int b\n", least=False)
+    lines = findings_of("r.yaml", "model_name_or_path=m", "dataset_name=d", "seed=x")
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["r.yaml:1", "trainer"],
+        ["r.yaml:2", "output_dir"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("per_device_train_batch_size: 0", 1),
+        ("num_generations: 0", 1),
+        ("eval_on_start: true\nper_device_eval_batch_size: 0\nnum_generations_eval: 0", 2),
+        ("num_processes: 0\neval_on_start: true\nper_device_eval_batch_size: 3", 1),
+    ],
+)
+def test_a_batch_of_wrong_numbers_is_not_divided(write, text, count):
+    write("r.yaml", text + "\n")
+    lines = findings_of("r.yaml")
+    assert len(lines) == count
+    assert not any("does not divide" in line for line in lines)
+
+
 def test_an_option_that_the_trainer_refuses(write):
     write("r.yaml", "loss_type: grpo\nepsilon: 0.2\n")  # 0.2 is the default, and says nothing
     (line,) = findings_of("r.yaml")
@@ -163,7 +237,7 @@ def test_an_option_that_the_trainer_refuses(write):
         # 8 rows × 1 process × 1 step, TRL's defaults.
         ("num_generations: 6", "8 (per_device_train_batch_size 8 × 1 process", "4 or 8"),
         ("num_generations: 16", "8 (", "8"),
-        ("num_generations: 1\ngeneration_batch_size: 9", None, None),
+        ("num_generations: 3\ngeneration_batch_size: 9", None, None),
         ("num_generations: 5\ngeneration_batch_size: 12", "12;", "4 or 6"),
         # 2 × 3 × 4 = 24; steps_per_generation stands before gradient_accumulation_steps.
         (
@@ -172,7 +246,6 @@ def test_an_option_that_the_trainer_refuses(write):
             "24 (per_device_train_batch_size 2 × 3 processes × steps_per_generation 4)",
             "4 or 6",
         ),
-        ("num_generations: 0", "8 (", "2"),
         # TRL's zero2 asks for 8 processes: 8 × 8 = 64.
         ("num_generations: 24\naccelerate_config: zero2", "64 (", "16 or 32"),
         ("num_generations: 32\naccelerate_config: zero2", None, None),

@@ -22,11 +22,10 @@ GOOD = [
     ("dtype: bfloat16", "bfloat16"),
     ("lora_target_modules: all-linear", ["all-linear"]),
     ("lora_target_modules: [q, v]", ["q", "v"]),
-    ("reward_weights: [1, 0.5]", [1.0, 0.5]),
+    ("reward_weights: [1, 0.5]\nreward_funcs: [exact_match, accuracy_reward]", [1.0, 0.5]),
     ("model_init_kwargs: {a: 1e-3}", {"a": 1e-3}),
     ("model_init_kwargs: '{\"a\": 1}'", '{"a": 1}'),
     ("lr_scheduler_kwargs: {min_lr: 1e-6}", {"min_lr": 1e-6}),
-    ("datasets: [{path: a}]", [{"path": "a"}]),
     ("pad_to_multiple_of: 8", 8),
     ("trackio_static_space_id: false", False),
     ("reference: fixed", "fixed"),
@@ -50,7 +49,7 @@ BAD = [
     ("beta: [1, 2]", "got [1, 2]; allowed: a number."),
     ("beta: [1]", "got [1]; allowed: a number. Write 1, without brackets."),
     ("beta: inf", "got 'inf'; allowed: a number. Write .inf."),
-    ("beta: -inf", "got '-inf'; allowed: a number. Write -.inf."),
+    ("eval_delay: -inf", "got '-inf'; allowed: a number. Write -.inf."),
     ("beta:", "got null; allowed: a number."),
     ("dtype: bf16", "Did you mean bfloat16?"),
     ("save_strategy: epochs", "one of no, steps, epoch, best. Did you mean epoch?"),
@@ -64,6 +63,24 @@ BAD = [
     ("reference: fixd", "one of moving, fixed. Did you mean fixed?"),
     ("dataset_kwargs: 5", "got 5; allowed: a mapping or null."),
 ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "reward_funcs: [1]",
+        "learning_rate: inf",
+        "learning_rate: [-1]",
+        "num_generations: '0'",
+        "num_generations: '8.5'",
+        "num_generations: 0.0",
+    ],
+)
+def test_no_advice_that_would_be_refused(write, line):
+    write("r.yaml", line + "\n")
+    with pytest.raises(ConfigError) as error:
+        read_recipe("r.yaml")
+    assert "Write" not in str(error.value)
 
 
 @pytest.mark.parametrize(("line", "message"), BAD)

@@ -111,4 +111,62 @@ def test_a_file_that_is_not_utf8(tmp_path):
     path.write_bytes(b"a: \xff\n")
     findings = []
     assert read_yaml(path, "a.yaml", findings) == {}
-    assert "not valid YAML" in str(findings[0])
+    assert str(findings[0]) == "a.yaml: this is not a text file in UTF-8: invalid start byte"
+
+
+@pytest.mark.parametrize("text", ["a: 1\n".encode("utf-16"), "a: 1\n".encode("utf-16-le")])
+def test_another_encoding_is_named(tmp_path, text):
+    path = Path(tmp_path, "a.yaml")
+    path.write_bytes(text)
+    findings = []
+    assert read_yaml(path, "a.yaml", findings) == {}
+    assert "not a text file in UTF-8" in str(findings[0])
+
+
+DEEP = "[" * 500 + "]" * 500
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: 1\nb: &x {c: *x}", "a.yaml:2: *x stands for what it is itself a part of"),
+        ("a: 1\nb: &x [1, [*x]]", "a.yaml:2: *x stands for what it is itself a part of"),
+        (f"a: 1\nb: {DEEP}", "a.yaml:2: nested more than 50 deep"),
+        ("a: 1\nb: 0x_", "a.yaml:2: b: '0x_' cannot be read as !!int"),
+        ("a: 1\nb: [1, !!int abc]", "a.yaml:2: b: 'abc' cannot be read as !!int"),
+        ("a: 1\nb: !!float abc", "a.yaml:2: b: 'abc' cannot be read as !!float"),
+        ("a: 1\nb: !!float ''", "a.yaml:2: b: '' cannot be read as !!float"),
+        ("a: 1\nb: !!bool maybe", "a.yaml:2: b: 'maybe' cannot be read as !!bool"),
+        ("a: 1\nb: !!timestamp foo", "a.yaml:2: b: could not determine a constructor"),
+        ("a: 1\nb: " + "9" * 5000, "a.yaml:2: b: '9999"),
+    ],
+)
+def test_what_pyyaml_fails_at_is_a_finding(write, text, says):
+    path = write("a.yaml", text + "\nd: 2\n", least=False)
+    findings = []
+    entries = read_yaml(path, "a.yaml", findings)
+    assert len(findings) == 1
+    assert str(findings[0]).startswith(says)
+    if findings[0].key:
+        assert entries["a"].value == 1 and entries["d"].value == 2, "the rest is read"
+    assert len(str(findings[0])) < 200
+
+
+@pytest.mark.parametrize("text", ["0x_", "!!int abc", "!!bool maybe", "9" * 5000, "&x [*x]", DEEP])
+def test_on_the_command_line_it_is_text(text):
+    assert read_scalar(text, COMMAND_LINE).value == text
+
+
+def test_an_alias_may_be_used_twice(write):
+    path = write("a.yaml", "a: &x {y: [1]}\nb: [*x, *x]\n", least=False)
+    findings = []
+    assert read_yaml(path, "a.yaml", findings)["b"].value == [{"y": [1]}] * 2
+    assert findings == []
+
+
+def test_aliases_of_aliases_take_no_time(write):
+    # 2^40 paths lead to the innermost list.
+    lines = ["a0: &a0 [1]"] + [f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 41)]
+    findings = []
+    path = write("a.yaml", "\n".join(lines), least=False)
+    assert len(read_yaml(path, "a.yaml", findings)) == 41

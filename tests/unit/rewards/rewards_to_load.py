@@ -1,5 +1,9 @@
 """Objects that the tests of `build_rewards` load by name."""
 
+from typing import Literal
+
+from trl_ext.errors import RewardError
+
 not_a_function = 3
 
 
@@ -24,6 +28,22 @@ def at_most(limit: int, step: float = 1.0):
 
 def makes_nothing():
     return None
+
+
+def breaks(path: str = "words.txt"):
+    raise OSError(f"no {path}")
+
+
+def exits():
+    raise SystemExit(0)
+
+
+def refuses():
+    raise RewardError("no such words")
+
+
+def measured(unit: Literal["letters", "words"] = "letters"):
+    return longer
 
 
 class Counter:

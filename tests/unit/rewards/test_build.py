@@ -78,6 +78,20 @@ def test_an_async_function_stays_async():
         ({"name": f"{HERE}:at_most", "most": 2}, RewardError, r"given \(most: 2\).*at_most\(limit"),
         (f"{HERE}:makes_nothing", RewardError, r"makes_nothing\(\), and gave None"),
         ("builtins:dir", RewardError, "does not say which arguments"),
+        ("builtins:dict", RewardError, "does not say which arguments"),
+        (
+            {"name": "reasoning_gym", "reader": "foo"},
+            RewardError,
+            "'reasoning_gym': reader is 'foo'; it must be strict or lenient",
+        ),
+        ({"name": f"{HERE}:measured", "unit": 3}, RewardError, "unit is 3; it must be letters or"),
+        (
+            {"name": f"{HERE}:breaks", "path": "w"},
+            RewardError,
+            r"breaks' was called as a factory.*given \(path: 'w'\), and raised OSError: no w",
+        ),
+        (f"{HERE}:exits", RewardError, r"given \(none\), and raised SystemExit: 0"),
+        (f"{HERE}:refuses", RewardError, "^no such words$"),
     ],
 )
 def test_mistakes(entry, error, says):

@@ -124,8 +124,11 @@ def test_a_raise_of_the_batch_alone_says_so(either):
             raise ValueError("too many")
         return [1.0]
 
-    with pytest.raises(RewardError, match=r"raised ValueError: too many. Each completion alone"):
+    with pytest.raises(
+        RewardError, match=r"raised ValueError: too many. Each completion alone"
+    ) as e:
         call(either(reward))
+    assert "--debug" in str(e.value) and "above" not in str(e.value)
 
 
 def test_a_rewards_own_reward_error_is_left_alone(either):
@@ -146,6 +149,42 @@ def test_nothing_is_logged_while_the_sample_is_looked_for():
     with pytest.raises(RewardError):
         call(guarded(reward, "mine"), log_metric=lambda *pair: logged.append(pair))
     assert logged == [("calls", 3)]
+
+
+def test_sys_exit_is_a_reward_error(either):
+    def reward(completions, **columns):
+        if "two" in completions:
+            raise SystemExit(0)
+        return [1.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"'mine' raised SystemExit: 0. Sample 1 of 3"):
+        call(either(reward))
+
+
+def test_an_exception_that_cannot_be_written_is_still_named(either):
+    class Unspeakable(Exception):
+        def __str__(self):
+            raise KeyError
+
+    def reward(**columns):
+        raise Unspeakable
+
+    says = r"'mine' raised Unspeakable: \(its message cannot be written: KeyError\). Sample 0"
+    with pytest.raises(RewardError, match=says):
+        call(either(reward))
+
+
+def test_a_reward_that_applies_to_nothing_in_a_batch_is_named_once(either, caplog):
+    reward = either(lambda **columns: [None] * 3)
+    with caplog.at_level(logging.WARNING):
+        assert [call(reward), call(reward)] == [[None] * 3] * 2
+    assert caplog.text.count("'mine' returned None, 'does not apply', for all 3") == 1
+
+
+def test_a_reward_that_applies_to_something_is_not_named(either, caplog):
+    with caplog.at_level(logging.WARNING):
+        call(either(lambda **columns: [None, None, 0.0]))
+    assert not caplog.text
 
 
 def test_ctrl_c_is_not_a_reward_error(either):
@@ -187,10 +226,21 @@ def test_names_and_kinds_are_as_trl_sees_them():
     assert asyncio.run(call(coroutine)) == [1.0] * 3
 
 
-@pytest.mark.parametrize("timeout", [0, -1, math.nan])
-def test_a_time_limit_must_be_positive(timeout):
-    with pytest.raises(ConfigError, match="must be > 0"):
+@pytest.mark.parametrize("timeout", [0, -1, math.nan, math.inf, 1e300, 86_401, "3", True])
+def test_a_time_limit_is_positive_and_at_most_a_day(timeout):
+    with pytest.raises(ConfigError, match="must be > 0 and at most 86400 seconds"):
         returns([], timeout=timeout)
+
+
+def test_a_time_limit_of_a_day_is_one():
+    assert call(returns([1, 2, 3], timeout=86_400)) == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("given", [(len, len), {"mine": len}, 3, None])
+def test_what_is_no_reward_function(given):
+    says = rf"given as .*, a {type(given).__name__}. It must be a function \(prompts, completions"
+    with pytest.raises(ConfigError, match=says):
+        guarded(given, "mine")
 
 
 def test_a_slow_reward_is_stopped():

@@ -94,8 +94,9 @@ def test_the_share_solved_is_logged():
 
 
 def test_an_unknown_reader_and_missing_columns():
+    lax: Any = "lax"
     with pytest.raises(RewardError, match="reader is 'lax'; it must be strict or lenient"):
-        reasoning_gym(completions=["1"], reader="lax", **columns("gcd", 1))
+        reasoning_gym(completions=["1"], reader=lax, **columns("gcd", 1))
     with pytest.raises(RewardError, match="needs the columns task, entry, question and answer"):
         reasoning_gym(completions=["1"], answer=["1"])
 

@@ -8,8 +8,10 @@ import torch
 
 from tests.tiny import QUIET, count_a, prompts, save_tiny_llama
 from trl_ext.errors import ConfigError
+from trl_ext.functional import optimism
 from trl_ext.policy_config import MicroBatch, Rollout
 from trl_ext.rwr import RWRConfig, RWRTrainer
+from trl_ext.rwr.config import LEAST_BETA
 
 NAN = float("nan")
 
@@ -134,7 +136,12 @@ def test_completions_that_no_reward_scores_do_not_dilute_the_optimism(make):
         ({"reference": "fixed", "beta": 0.0}, "no Gibbs policy to converge to"),
         ({"reference": "first"}, "reference='first' must be one of"),
         ({"reward_samples": 0}, "reward_samples=0 must be at least 1"),
+        ({"reward_samples": 1.5}, "reward_samples=1.5 is a float; it must be a whole number"),
+        ({"log_kl": "no"}, "log_kl='no' is a str; it must be True or False"),
+        ({"drop_uniform_groups": "no"}, "drop_uniform_groups='no' is a str; it must be True or"),
+        ({"beta": "0.5"}, "beta='0.5' is a str; it must be a number"),
         ({"beta": math.nan}, "beta=nan must be between 0"),
+        ({"beta": 1e-40}, "beta=1e-40 is so small .* at least 1e-15; beta=0 is its limit"),
         ({"scale_rewards": "none"}, "the scale is what beta sets"),
         ({"vllm_importance_sampling_clip_max": 5.0}, "there is no importance ratio"),
     ],
@@ -142,3 +149,17 @@ def test_completions_that_no_reward_scores_do_not_dilute_the_optimism(make):
 def test_bad_options(tmp_path, options, says):
     with pytest.raises(ConfigError, match=says):
         RWRConfig(str(tmp_path), **(QUIET | options))
+
+
+def test_the_smallest_beta_gives_finite_numbers(make):
+    """β = 1e-15: the weights are those of best of n, and the metrics stay within float32."""
+    trainer = make(beta=LEAST_BETA)
+    assert credit(trainer, [[0.0, 1000.0, 2.0, 0.0]]).tolist() == [[0.0, 1.0, 0.0, 0.0]]
+    assert math.isfinite(metric(trainer, "rwr/log_z"))
+    scores = torch.tensor([[0.0, 1000.0]])
+    assert optimism(scores, LEAST_BETA).isfinite().all()
+
+
+@pytest.mark.parametrize("beta", [0.0, 1e-15, 1, math.inf])
+def test_the_betas_at_the_limits_pass(tmp_path, beta):
+    assert RWRConfig(str(tmp_path), **(QUIET | {"beta": beta})).beta == beta

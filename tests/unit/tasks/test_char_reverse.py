@@ -45,11 +45,17 @@ def test_draws_repeat_with_the_seed():
     assert first != list(islice(draw(random.Random(6)), 10))
 
 
+def test_an_eval_size_of_0_means_no_test_split():
+    assert load(size=1, eval_size=0)[1] is None
+
+
 @pytest.mark.parametrize(
     ("kwargs", "says"),
     [
         ({"sise": 3}, "no key 'sise'; it has size, seed, eval_size"),
-        ({"size": 0}, "size is 0"),
+        ({"size": 0}, "size is 0; it must be a whole number from 1 on"),
+        ({"size": True}, "size is True; it must be a whole number from 1 on"),
+        ({"eval_size": -1}, "eval_size is -1; it must be a whole number from 0 on"),
         ({"size": "many"}, "size is 'many'"),
     ],
 )

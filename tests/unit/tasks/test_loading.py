@@ -90,6 +90,48 @@ def test_a_file_of_another_kind(tmp_path):
         load_splits({"dataset_name": str(tmp_path / "data.txt")})
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("empty.jsonl", ""),
+        ("blank.jsonl", "\n \n"),
+        ("none.json", "[]"),
+        ("empty.csv", ""),
+        ("header.csv", "prompt,answer\n"),
+    ],
+)
+def test_a_file_without_rows(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=f"{name} has no rows. Write at least one"):
+        load_splits({"dataset_name": str(tmp_path / name)})
+
+
+def test_the_ending_may_be_in_capitals(tmp_path):
+    (tmp_path / "DATA.JSONL").write_text(json.dumps(ROWS[0]))
+    assert load_splits({"dataset_name": str(tmp_path / "DATA.JSONL")})[0].to_list() == ROWS[:1]
+    with pytest.raises(DataError, match=r"no file or directory 'nowhere.JSONL'"):
+        load_splits({"dataset_name": "nowhere.JSONL"})
+
+
+def test_a_file_has_no_configurations(tmp_path):
+    path = write(tmp_path / "data.jsonl", ROWS)
+    with pytest.raises(ConfigError, match="dataset_config is 'main', which does nothing for"):
+        load_splits({"dataset_name": path, "dataset_config": "main"})
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("char_revers", "char_reverse"),
+        ("reasoning_gim/gcd", "reasoning_gym/gcd"),
+        ("reasoning_gym", "reasoning_gym/<task>"),
+    ],
+)
+def test_a_misspelt_generated_task_gives_the_nearest(name, meant):
+    with pytest.raises(DataError, match=f"Did you mean '{meant}'"):
+        load_splits({"dataset_name": name})
+
+
 @pytest.mark.parametrize("name", ["data.jsonl", "data.parquet"])
 def test_an_unreadable_file(tmp_path, name):
     (tmp_path / name).write_text('{"prompt": "a"}\n{"prompt": ')

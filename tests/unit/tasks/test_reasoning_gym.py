@@ -27,6 +27,7 @@ def test_columns_and_sizes():
 
 def test_without_eval_size_there_is_no_test_split():
     assert load(size=5)[1] is None
+    assert load(size=5, eval_size=0)[1] is None
 
 
 @pytest.mark.parametrize("seeds", [{"seed": 3, "eval_seed": 3}, {"seed": 3, "eval_seed": 4}])
@@ -101,7 +102,8 @@ def test_chat_prompts_show_examples_as_turns():
         ({"sise": 1}, "Did you mean size"),
         ({"min_words": 3, "max_words": 2}, "refuses the settings .*max_words must be >= min_words"),
         ({"min_words": "two"}, "refuses the settings"),
-        ({"size": 0}, "size is 0; it must be at least 1"),
+        ({"size": 0}, "size is 0; it must be a whole number from 1 on"),
+        ({"size": True}, "size is True; it must be a whole number from 1 on"),
         ({"size": 2.5}, "size is 2.5; it must be a whole number"),
         ({"eval_size": -1}, "eval_size is -1"),
         ({"seed": True}, "seed is True"),
@@ -112,6 +114,11 @@ def test_chat_prompts_show_examples_as_turns():
 def test_bad_settings(kwargs, says):
     with pytest.raises(ConfigError, match=says):
         load(**kwargs)
+
+
+def test_settings_that_fail_only_when_a_question_is_drawn():
+    with pytest.raises(ConfigError, match=r"products refuses the settings {'max_digits': 1.5}: "):
+        load("products", size=3, max_digits=1.5)
 
 
 def test_an_unknown_task_gives_the_nearest_and_how_to_list_them():
