@@ -1,25 +1,18 @@
 """From a recipe to a trained model: build the trainer, train, save, leave the record."""
 
-import importlib
-import inspect
-import os
 import shlex
 import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
-import torch
 import yaml
-from transformers import AutoConfig, ProgressCallback, Trainer
-from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config
-from trl import get_quantization_config as quantization_config_of
+from transformers import ProgressCallback, Trainer
 
-from trl_ext.bundled import BUNDLED, PREFIX, resolve_model
+from trl_ext.build import build_trainer
 from trl_ext.callbacks import RecordMetrics, ShortProgress, StopOnDivergence, StopOnInterrupt
 from trl_ext.environment import command_name
-from trl_ext.errors import ConfigError, RunError, TrlExtError
+from trl_ext.errors import RunError, TrlExtError
 from trl_ext.recipe import Recipe
 from trl_ext.record import (
     RECIPE,
@@ -30,11 +23,8 @@ from trl_ext.record import (
     is_last_step,
     last_checkpoint,
 )
-from trl_ext.registry import TRAINERS
 from trl_ext.report import before_after_table, held_out_gains
 from trl_ext.resume import check_same_run
-from trl_ext.rewards import build_rewards
-from trl_ext.tasks import load_splits
 from trl_ext.trl_adapter import end_training, load_checkpoint
 
 
@@ -61,31 +51,13 @@ def train(recipe: Recipe, *, resume: bool | str = False, overwrite: bool = False
         check_same_run(recipe, checkpoint)
     elif resume:
         print(f"{output_dir} has no checkpoint: starting from the beginning.", file=sys.stderr)
-    trainer = _built(recipe, _parts(recipe, resumed=checkpoint is not None))
+    trainer = build_trainer(recipe, resumed=checkpoint is not None)
     # Only now, when all that can be wrong before the first step has been found, is an earlier run
     # replaced.
     record.begin(keep=bool(resume))
     record.forget_after(int(checkpoint.name.split("-")[1]) if checkpoint else -1)
     record.describe(recipe.to_yaml())
     _train_recorded(trainer, record, checkpoint)
-
-
-def build_trainer(recipe: Recipe) -> Trainer:
-    """The trainer of a recipe, ready to train."""
-    return _built(recipe, _parts(recipe))
-
-
-def _built(recipe: Recipe, parts: dict[str, Any]) -> Trainer:
-    try:
-        return TRAINERS.load(recipe.trainer)(**parts)
-    except TrlExtError:
-        raise
-    except (ValueError, TypeError, AttributeError, ImportError, OSError, RuntimeError) as error:
-        # What TRL, transformers, peft and bitsandbytes say of values that they do not take.
-        raise ConfigError(
-            f"{recipe.path}: the {recipe.trainer} trainer cannot be built: {error} "
-            "(--debug shows where)."
-        ) from error
 
 
 def _check_kept(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
@@ -105,30 +77,6 @@ def _check_kept(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
             )
 
 
-def _parts(recipe: Recipe, *, resumed: bool = False) -> dict[str, Any]:
-    """The arguments of a recipe's trainer, each checked: nothing is loaded yet but the data."""
-    trainer_class = TRAINERS.load(recipe.trainer)
-    config = _config(recipe, trainer_class)
-    _check_processes(config)
-    rewards = _reward_parts(recipe, trainer_class)
-    train_dataset, eval_dataset = _datasets(recipe, config)
-    if resumed:
-        config.eval_on_start = False  # "before training" was measured when the run began
-    model_config = ModelConfig(**recipe.groups["model"])
-    config.model_init_kwargs = _model_init_kwargs(model_config, config)
-    model = resolve_model(recipe.values["model_name_or_path"])
-    _check_model(model, model_config.model_revision, getattr(config, "trust_remote_code", False))
-    return {
-        "model": model,
-        "args": config,
-        "train_dataset": train_dataset,
-        "eval_dataset": eval_dataset,
-        "quantization_config": quantization_config_of(model_config),
-        "peft_config": get_peft_config(model_config),
-        **rewards,
-    }
-
-
 def _silence_what_no_user_can_mend() -> None:
     """TRL's own use of names that transformers renames, and of pinned memory without a device."""
     for message in (
@@ -136,92 +84,6 @@ def _silence_what_no_user_can_mend() -> None:
         ".*'pin_memory' argument is set as true but no accelerator is found",
     ):
         warnings.filterwarnings("ignore", message=message)
-
-
-def _config(recipe: Recipe, trainer_class: type[Trainer]) -> Any:
-    name = trainer_class.__name__.removesuffix("Trainer") + "Config"
-    config_class = getattr(importlib.import_module(trainer_class.__module__), name)
-    values = {"use_cpu": not torch.accelerator.is_available(), **recipe.groups["config"]}
-    try:
-        return config_class(**values)
-    except TrlExtError:
-        raise
-    except (ValueError, TypeError, ImportError) as error:
-        # TRL's and transformers' own checks of values that only together make no sense.
-        raise ConfigError(f"{recipe.path}: {error}") from error
-
-
-def _check_processes(config: Any) -> None:
-    """Several processes that do not know of each other would each train alone and overwrite."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.world_size != started:
-        raise RunError(
-            f"A launcher started {started} processes, but transformers sees {config.world_size}: "
-            "they would train apart and overwrite each other. On CPUs set ddp_backend=gloo."
-        )
-
-
-def _reward_parts(recipe: Recipe, trainer_class: type[Trainer]) -> dict[str, Any]:
-    script = recipe.groups["script"]
-    reward_funcs = build_rewards(script.get("reward_funcs") or [])
-    if script.get("reward_model_name_or_path"):
-        reward_funcs.insert(0, script["reward_model_name_or_path"])
-    takes_rewards = "reward_funcs" in inspect.signature(trainer_class).parameters
-    if takes_rewards and not reward_funcs:
-        raise ConfigError(
-            f"trainer: {recipe.trainer} needs a reward. Set reward_funcs, such as "
-            "reward_funcs: [reasoning_gym], or reward_model_name_or_path."
-        )
-    if reward_funcs and not takes_rewards:
-        raise ConfigError(
-            f"trainer: {recipe.trainer} takes no reward_funcs. Remove them, or use another trainer."
-        )
-    return {"reward_funcs": reward_funcs} if takes_rewards else {}
-
-
-def _datasets(recipe: Recipe, config: Any) -> tuple[Any, Any]:
-    """The training split, and the evaluation split if the recipe evaluates."""
-    script = recipe.groups["script"]
-    if script.get("dataset_name"):
-        train_dataset, eval_dataset = load_splits(script)
-    else:
-        mixture = get_dataset(DatasetMixtureConfig(**recipe.groups["mixture"]))
-        train_dataset = mixture[script.get("dataset_train_split", "train")]
-        eval_dataset = mixture.get(script.get("dataset_test_split", "test"))
-    if not (config.eval_on_start or config.eval_strategy != "no"):
-        return train_dataset, None
-    if eval_dataset is None:
-        raise ConfigError(
-            "The recipe evaluates (eval_on_start or eval_strategy), but its dataset has no test "
-            "split. Set dataset_kwargs.eval_size for a generated dataset, dataset_test_split for "
-            "another, or turn evaluation off."
-        )
-    return train_dataset, eval_dataset
-
-
-def _check_model(model: str, revision: str, trust_remote_code: bool) -> None:
-    """Whether a model's config can be read, before anything larger is.
-
-    Raises:
-        ConfigError: if not; it says what a model may be.
-    """
-    try:
-        AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(
-            f"model_name_or_path: {model!r} cannot be opened: {reason} A model is a hub id, a "
-            f"folder with a config.json, or one of {', '.join(PREFIX + name for name in BUNDLED)}."
-        ) from error
-
-
-def _model_init_kwargs(model_config: ModelConfig, config: Any) -> dict[str, Any]:
-    return {
-        "revision": model_config.model_revision,
-        "attn_implementation": model_config.attn_implementation,
-        "dtype": model_config.dtype,
-        **(config.model_init_kwargs or {}),
-    }
 
 
 def _train_recorded(trainer: Trainer, record: RunRecord, checkpoint: Path | None) -> None:

@@ -53,8 +53,8 @@ def check_same_run(recipe: Recipe, checkpoint: Path) -> None:
         lines = "\n".join(changed)
         raise ConfigError(
             f"--resume goes on from {checkpoint}, and the recipe differs from the one of that "
-            f"run:\n{lines}\nGo on as it began: {command_name()} train {file} --resume. Or begin another "
-            "run with output_dir=..."
+            f"run:\n{lines}\nGo on as it began: {command_name()} train {file} --resume. Or begin "
+            "another run with output_dir=..."
         )
 
 

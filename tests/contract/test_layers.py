@@ -40,6 +40,7 @@ FLOORS = (
     ("resume",),
     ("report",),
     ("callbacks",),
+    ("build",),
     ("launch",),
     ("cli",),
     ("__main__",),

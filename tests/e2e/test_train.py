@@ -308,7 +308,7 @@ def test_an_output_dir_that_cannot_be(run, write_recipe, tmp_path):
 
 def test_home_is_one_folder(run, write_recipe, tmp_path):
     recipe = write_recipe(max_steps=1)
-    code, out, err = run("train", recipe, "output_dir=~/trained", HOME=str(tmp_path))
+    code, _, err = run("train", recipe, "output_dir=~/trained", HOME=str(tmp_path))
     assert code == 0, err
     assert (tmp_path / "trained" / "checkpoint-1").is_dir()
     assert (tmp_path / "trained" / "recipe.yaml").is_file()

@@ -1,0 +1,151 @@
+"""From a recipe to a trainer: every part is checked before the next, larger one is loaded."""
+
+import importlib
+import inspect
+import os
+from typing import Any
+
+import torch
+from transformers import AutoConfig, Trainer
+from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config
+from trl import get_quantization_config as quantization_config_of
+
+from trl_ext.bundled import BUNDLED, PREFIX, resolve_model
+from trl_ext.errors import ConfigError, RunError, TrlExtError
+from trl_ext.recipe import Recipe
+from trl_ext.registry import TRAINERS
+from trl_ext.rewards import build_rewards
+from trl_ext.tasks import load_splits
+
+
+def build_trainer(recipe: Recipe, *, resumed: bool = False) -> Trainer:
+    """The trainer of a recipe, ready to train.
+
+    Args:
+        recipe: from `read_recipe`.
+        resumed: the evaluation before training has been made already.
+
+    Raises:
+        TrlExtError: if the recipe's parts do not fit together, or one cannot be opened.
+    """
+    parts = _parts(recipe, resumed=resumed)
+    try:
+        return TRAINERS.load(recipe.trainer)(**parts)
+    except TrlExtError:
+        raise
+    except (ValueError, TypeError, AttributeError, ImportError, OSError, RuntimeError) as error:
+        # What TRL, transformers, peft and bitsandbytes say of values that they do not take.
+        raise ConfigError(
+            f"{recipe.path}: the {recipe.trainer} trainer cannot be built: {error} "
+            "(--debug shows where)."
+        ) from error
+
+
+def _parts(recipe: Recipe, *, resumed: bool) -> dict[str, Any]:
+    """The arguments of a recipe's trainer, each checked: nothing is loaded yet but the data."""
+    trainer_class = TRAINERS.load(recipe.trainer)
+    config = _config(recipe, trainer_class)
+    _check_processes(config)
+    rewards = _reward_parts(recipe, trainer_class)
+    train_dataset, eval_dataset = _datasets(recipe, config)
+    if resumed:
+        config.eval_on_start = False  # "before training" was measured when the run began
+    model_config = ModelConfig(**recipe.groups["model"])
+    config.model_init_kwargs = _model_init_kwargs(model_config, config)
+    model = resolve_model(recipe.values["model_name_or_path"])
+    _check_model(model, model_config.model_revision, getattr(config, "trust_remote_code", False))
+    return {
+        "model": model,
+        "args": config,
+        "train_dataset": train_dataset,
+        "eval_dataset": eval_dataset,
+        "quantization_config": quantization_config_of(model_config),
+        "peft_config": get_peft_config(model_config),
+        **rewards,
+    }
+
+
+def _config(recipe: Recipe, trainer_class: type[Trainer]) -> Any:
+    name = trainer_class.__name__.removesuffix("Trainer") + "Config"
+    config_class = getattr(importlib.import_module(trainer_class.__module__), name)
+    values = {"use_cpu": not torch.accelerator.is_available(), **recipe.groups["config"]}
+    try:
+        return config_class(**values)
+    except TrlExtError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        # TRL's and transformers' own checks of values that only together make no sense.
+        raise ConfigError(f"{recipe.path}: {error}") from error
+
+
+def _check_processes(config: Any) -> None:
+    """Several processes that do not know of each other would each train alone and overwrite."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.world_size != started:
+        raise RunError(
+            f"A launcher started {started} processes, but transformers sees {config.world_size}: "
+            "they would train apart and overwrite each other. On CPUs set ddp_backend=gloo."
+        )
+
+
+def _reward_parts(recipe: Recipe, trainer_class: type[Trainer]) -> dict[str, Any]:
+    script = recipe.groups["script"]
+    reward_funcs = build_rewards(script.get("reward_funcs") or [])
+    if script.get("reward_model_name_or_path"):
+        reward_funcs.insert(0, script["reward_model_name_or_path"])
+    takes_rewards = "reward_funcs" in inspect.signature(trainer_class).parameters
+    if takes_rewards and not reward_funcs:
+        raise ConfigError(
+            f"trainer: {recipe.trainer} needs a reward. Set reward_funcs, such as "
+            "reward_funcs: [reasoning_gym], or reward_model_name_or_path."
+        )
+    if reward_funcs and not takes_rewards:
+        raise ConfigError(
+            f"trainer: {recipe.trainer} takes no reward_funcs. Remove them, or use another trainer."
+        )
+    return {"reward_funcs": reward_funcs} if takes_rewards else {}
+
+
+def _datasets(recipe: Recipe, config: Any) -> tuple[Any, Any]:
+    """The training split, and the evaluation split if the recipe evaluates."""
+    script = recipe.groups["script"]
+    if script.get("dataset_name"):
+        train_dataset, eval_dataset = load_splits(script)
+    else:
+        mixture = get_dataset(DatasetMixtureConfig(**recipe.groups["mixture"]))
+        train_dataset = mixture[script.get("dataset_train_split", "train")]
+        eval_dataset = mixture.get(script.get("dataset_test_split", "test"))
+    if not (config.eval_on_start or config.eval_strategy != "no"):
+        return train_dataset, None
+    if eval_dataset is None:
+        raise ConfigError(
+            "The recipe evaluates (eval_on_start or eval_strategy), but its dataset has no test "
+            "split. Set dataset_kwargs.eval_size for a generated dataset, dataset_test_split for "
+            "another, or turn evaluation off."
+        )
+    return train_dataset, eval_dataset
+
+
+def _check_model(model: str, revision: str, trust_remote_code: bool) -> None:
+    """Whether a model's config can be read, before anything larger is.
+
+    Raises:
+        ConfigError: if not; it says what a model may be.
+    """
+    try:
+        AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"model_name_or_path: {model!r} cannot be opened: {reason} A model is a hub id, a "
+            f"folder with a config.json, or one of {', '.join(PREFIX + name for name in BUNDLED)}."
+        ) from error
+
+
+def _model_init_kwargs(model_config: ModelConfig, config: Any) -> dict[str, Any]:
+    return {
+        "revision": model_config.model_revision,
+        "attn_implementation": model_config.attn_implementation,
+        "dtype": model_config.dtype,
+        **(config.model_init_kwargs or {}),
+    }
