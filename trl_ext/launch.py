@@ -51,12 +51,10 @@ def train(recipe: Recipe, *, resume: bool | str = False, overwrite: bool = False
         check_same_run(recipe, checkpoint)
     elif resume:
         print(f"{output_dir} has no checkpoint: starting from the beginning.", file=sys.stderr)
-    trainer = build_trainer(recipe, resumed=checkpoint is not None)
-    # Only now, when all that can be wrong before the first step has been found, is an earlier run
-    # replaced.
-    record.begin(keep=bool(resume))
-    record.forget_after(int(checkpoint.name.split("-")[1]) if checkpoint else -1)
-    record.describe(recipe.to_yaml())
+    with record.begun(overwrite=overwrite):
+        trainer = build_trainer(recipe, resumed=checkpoint is not None)
+        record.forget_after(int(checkpoint.name.split("-")[1]) if checkpoint else -1)
+        record.describe(recipe.to_yaml())
     _train_recorded(trainer, record, checkpoint)
 
 

@@ -81,18 +81,34 @@ class RunRecord:
                 "empty it yourself."
             )
 
-    def begin(self, *, keep: bool) -> None:
-        """Make the directory, after `check_free`; without `keep`, an empty one.
+    @contextmanager
+    def begun(self, *, overwrite: bool) -> Iterator[None]:
+        """The directory, made; with `overwrite` an empty one. As it was, if the body fails.
+
+        What it held is put aside while the body builds what comes instead.
 
         Raises:
             RunError: if it cannot be made or emptied.
         """
-        if not self.writes:
-            return
+        here = self.output_dir.resolve()
+        aside = here.with_name(f".{here.name}.replaced-{os.getpid()}")
+        held = here.exists() and any(here.iterdir())
+        replaces = self.writes and overwrite and held
         with _writing(str(self.output_dir)):
-            if not keep and self.output_dir.exists() and any(self.output_dir.iterdir()):
-                shutil.rmtree(self.output_dir)
-            self.output_dir.mkdir(parents=True, exist_ok=True)
+            if replaces:
+                here.rename(aside)
+            if self.writes:
+                here.mkdir(parents=True, exist_ok=True)
+        try:
+            yield
+        except BaseException:
+            if self.writes and (replaces or not held):
+                shutil.rmtree(here, ignore_errors=True)
+            if replaces:
+                aside.rename(here)
+            raise
+        if replaces:
+            shutil.rmtree(aside)
 
     def describe(self, recipe_yaml: str) -> None:
         """Write the resolved recipe and the environment."""

@@ -287,11 +287,11 @@ class PolicyTrainer(TRLGRPOTrainer):
         per_completion = masked_sum(per_token, generated(inputs))
         kl = self.accelerator.gather(per_completion).mean().item()
         self.log_metric("kl/sequence", kl)
-        if self.model.training:
+        if self.model.training and self._controller.kind != "constant":
             self._kl_heard.append(kl)
 
     def _adapt_beta(self, completions: int) -> None:
-        if self._replaces_loss or self._controller.kind == "constant" or not self._kl_heard:
+        if not self._kl_heard:
             return
         self._controller.update(fmean(self._kl_heard), completions)
         self._kl_heard = []

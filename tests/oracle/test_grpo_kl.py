@@ -5,54 +5,33 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
 
-from tests.tiny import QUIET
+from tests.oracle.small import PLAIN, SHAPE, KeepGradients, reward, reward_of, save_reference
 from trl_ext.functional import exact_kl
 from trl_ext.grpo import GRPOConfig, GRPOTrainer
 from trl_ext.oracle import (
     Enumeration,
     TabularLM,
-    TabularLMConfig,
     exact_gradient,
     expected_reward,
     gibbs_logps,
     kl_divergence,
-    tabular_tokenizer,
 )
 
-SHAPE = TabularLMConfig(vocab_size=3, max_completion_length=3, initializer_range=0.7)
 LENGTH = SHAPE.max_completion_length
 BETA = 1.5
 
 
-def reward_of(prompt: int, completion: list[int]) -> float:
-    """Arbitrary but fixed: distinct values in [0, 4] for the 15 completions."""
-    return 4 * (sum((token + 1) * 0.37 ** (i + 1) for i, token in enumerate(completion)) % 1.0)
-
-
-def reward(completion_ids, **kwargs) -> list[float]:
-    return [reward_of(1, ids) for ids in completion_ids]
-
-
 @pytest.fixture
 def start(tmp_path) -> str:
-    torch.manual_seed(1)
-    TabularLM(SHAPE).save_pretrained(tmp_path / "reference")
-    tabular_tokenizer(SHAPE.vocab_size).save_pretrained(tmp_path / "reference")
-    return str(tmp_path / "reference")
+    return save_reference(tmp_path / "reference")
 
 
 def grpo_trainer(start: str, group: int, callbacks=None, **options) -> GRPOTrainer:
-    settings: dict[str, Any] = QUIET | {
+    settings: dict[str, Any] = PLAIN | {
         "output_dir": start + "-trained",
-        "max_completion_length": LENGTH,
         "num_generations": group,
         "per_device_train_batch_size": group,
-        "lr_scheduler_type": "constant",
-        "gradient_checkpointing": False,
-        "max_grad_norm": 0.0,
-        "logging_steps": 10**6,
         "scale_rewards": "none",
         "loss_type": "luspo",
         "beta": BETA,
@@ -64,17 +43,6 @@ def grpo_trainer(start: str, group: int, callbacks=None, **options) -> GRPOTrain
         train_dataset=Dataset.from_dict({"prompt": ["a"]}),
         callbacks=callbacks,
     )
-
-
-class KeepGradients(TrainerCallback):
-    """The gradient of every optimizer step."""
-
-    def __init__(self):
-        self.gradients = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        assert model is not None
-        self.gradients.append(model.model.table.weight.grad.clone().double())
 
 
 def kl_of_each_step(space: Enumeration, model, reference):

@@ -48,7 +48,8 @@ def test_resume_from_a_named_checkpoint_or_folder(tmp_path):
 def test_a_directory_belongs_to_one_run(tmp_path):
     record = RunRecord(tmp_path / "run")
     record.check_free(resume=False, overwrite=False)
-    record.begin(keep=False)
+    with record.begun(overwrite=False):
+        pass
     record.check_free(resume=False, overwrite=False)  # still empty
     (tmp_path / "run" / "recipe.yaml").write_text("trainer: rwr\n")
     with pytest.raises(RunError, match="holds files already"):
@@ -59,11 +60,31 @@ def test_a_directory_belongs_to_one_run(tmp_path):
     with pytest.raises(RunError, match="holds another run"):
         record.check_free(resume=False, overwrite=False)
     record.check_free(resume=True, overwrite=False)
-    record.begin(keep=True)
+    with record.begun(overwrite=False):
+        pass
     record.check_free(resume=False, overwrite=True)
     assert (tmp_path / "run" / "recipe.yaml").exists(), "a check removes nothing"
-    record.begin(keep=False)
+    with record.begun(overwrite=True):
+        assert not any((tmp_path / "run").iterdir())
     assert not any((tmp_path / "run").iterdir())
+
+
+def test_a_directory_is_as_it_was_if_its_new_run_cannot_be_built(tmp_path):
+    def fail_in(folder, overwrite):
+        with pytest.raises(KeyError), RunRecord(folder).begun(overwrite=overwrite):
+            (folder / "completions").mkdir()
+            raise KeyError
+
+    fail_in(tmp_path / "new", False)
+    assert not (tmp_path / "new").exists()
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "recipe.yaml").write_text("trainer: rwr\n")
+    fail_in(old, True)
+    assert [path.name for path in old.iterdir()] == ["recipe.yaml"]
+    fail_in(old, False)
+    assert (old / "recipe.yaml").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old"], "nothing is left aside"
 
 
 def test_overwrite_never_removes_what_is_not_a_run(tmp_path):

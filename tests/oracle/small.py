@@ -1,0 +1,50 @@
+"""A policy of 15 completions with an arbitrary reward, on which trainers are judged."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from tests.tiny import QUIET
+from trl_ext.oracle import TabularLM, TabularLMConfig, tabular_tokenizer
+
+SHAPE = TabularLMConfig(vocab_size=3, max_completion_length=3, initializer_range=0.7)
+
+# One prompt, no clipping, no decay: what an oracle's gradient is compared with.
+PLAIN: dict[str, Any] = QUIET | {
+    "max_completion_length": SHAPE.max_completion_length,
+    "lr_scheduler_type": "constant",
+    "gradient_checkpointing": False,
+    "max_grad_norm": 0.0,
+    "logging_steps": 10**6,
+}
+
+
+def reward_of(prompt: int, completion: list[int]) -> float:
+    """Arbitrary but fixed: distinct values in [0, 4] for the 15 completions."""
+    return 4 * (sum((token + 1) * 0.37 ** (i + 1) for i, token in enumerate(completion)) % 1.0)
+
+
+def reward(completion_ids, **kwargs) -> list[float]:
+    """`reward_of` as trainers call it."""
+    return [reward_of(1, ids) for ids in completion_ids]
+
+
+def save_reference(folder: Path) -> str:
+    """The policy before training, on disk, as TRL wants its reference."""
+    torch.manual_seed(1)
+    TabularLM(SHAPE).save_pretrained(folder)
+    tabular_tokenizer(SHAPE.vocab_size).save_pretrained(folder)
+    return str(folder)
+
+
+class KeepGradients(TrainerCallback):
+    """The gradient of every optimizer step."""
+
+    def __init__(self):
+        self.gradients = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        assert model is not None
+        self.gradients.append(model.model.table.weight.grad.clone().double())
