@@ -297,13 +297,11 @@ def test_a_gradient_that_is_no_number_stops_before_the_weights(run, write_recipe
 def test_an_output_dir_that_cannot_be(run, write_recipe, tmp_path):
     recipe = write_recipe(max_steps=1)
     (tmp_path / "file").write_text("mine")
-    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", "/proc/no"):
         code, _, err = run("train", recipe, f"output_dir={folder}")
         assert code == 1 and "cannot be a run's folder" in err, err[-1000:]
         assert "Traceback" not in err
     assert (tmp_path / "file").read_text() == "mine"
-    code, _, err = run("train", recipe, "output_dir=/proc/no")
-    assert code == 2 and "/proc/no" in err and "Traceback" not in err
 
 
 def test_home_is_one_folder(run, write_recipe, tmp_path):
