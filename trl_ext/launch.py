@@ -1,5 +1,6 @@
 """From a recipe to a trained model: build the trainer, train, save, leave the record."""
 
+import json
 import shlex
 import shutil
 import sys
@@ -201,8 +202,9 @@ def _how_to_use(trainer: Trainer, output_dir: Path) -> str:
     tokens = getattr(trainer.args, "max_completion_length", 20)
     program = (
         "from transformers import pipeline; "
-        f"model = pipeline('text-generation', {str(output_dir)!r}); "
-        f"print(model({prompt!r}, max_new_tokens={tokens})[0]['generated_text'])"
+        # Double quotes within: the shell's are single.
+        f'model = pipeline("text-generation", {json.dumps(str(output_dir))}); '
+        f'print(model({json.dumps(prompt)}, max_new_tokens={tokens})[0]["generated_text"])'
     )
     return (
         f"The {what} is in {output_dir}, with the recipe that made it. Try it on one of its "
