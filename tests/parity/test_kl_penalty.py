@@ -41,33 +41,36 @@ def trained(trainer_class, config_class, model_path, tmp_path, **options):
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "luspo", "sapo", "vespo"]
 CELLS = [
-    *itertools.product(LOSS_TYPES, [2], [True], [1]),
-    *itertools.product(["grpo", "dapo", "dr_grpo"], [1, 2], [False], [2]),
+    *itertools.product(LOSS_TYPES, [2], [True], [1], [1]),
+    *itertools.product(["grpo", "dapo", "dr_grpo"], [1, 2], [False], [2], [2]),
+    # A rollout of two optimizer steps: the tokens that dapo divides by are those of one of them.
+    *itertools.product(["grpo", "dapo"], [1], [True], [2], [4]),
 ]
 
 
-@pytest.mark.parametrize(("loss_type", "iterations", "corrected", "accumulation"), CELLS)
-def test_our_path_is_trls(model_path, tmp_path, loss_type, iterations, corrected, accumulation):
-    same = {
-        "loss_type": loss_type,
-        "num_iterations": iterations,
-        "gradient_accumulation_steps": accumulation,
-    }
-    theirs = trained(
-        TRLGRPOTrainer,
-        TRLGRPOConfig,
-        model_path,
-        tmp_path / "trl",
-        use_bias_correction_kl=corrected,
-        **same,
+def both(model_path, tmp_path, corrected, ours, **same):
+    """What TRL's trainer gives, and ours with its own options beside."""
+    theirs = same | {"use_bias_correction_kl": corrected}
+    ours = same | ours | {"kl_is_correction": corrected}
+    return (
+        trained(TRLGRPOTrainer, TRLGRPOConfig, model_path, tmp_path / "trl", **theirs),
+        trained(GRPOTrainer, GRPOConfig, model_path, tmp_path / "ours", **ours),
     )
-    ours = trained(
-        GRPOTrainer,
-        GRPOConfig,
+
+
+@pytest.mark.parametrize(("loss_type", "iterations", "corrected", "accumulation", "rollout"), CELLS)
+def test_our_path_is_trls(
+    model_path, tmp_path, loss_type, iterations, corrected, accumulation, rollout
+):
+    theirs, ours = both(
         model_path,
-        tmp_path / "ours",
-        kl_is_correction=corrected,
-        **(same | OURS),
+        tmp_path,
+        corrected,
+        OURS,
+        loss_type=loss_type,
+        num_iterations=iterations,
+        gradient_accumulation_steps=accumulation,
+        steps_per_generation=rollout,
     )
     for mine, trls in zip(ours[0], theirs[0], strict=True):
         assert mine == pytest.approx(trls, rel=1e-3, abs=2e-6)
@@ -77,21 +80,8 @@ def test_our_path_is_trls(model_path, tmp_path, loss_type, iterations, corrected
 
 @pytest.mark.parametrize("corrected", [True, False])
 def test_at_trls_setting_it_is_trl_exactly(model_path, tmp_path, corrected):
-    theirs = trained(
-        TRLGRPOTrainer,
-        TRLGRPOConfig,
-        model_path,
-        tmp_path / "trl",
-        use_bias_correction_kl=corrected,
-    )
-    ours = trained(
-        GRPOTrainer,
-        GRPOConfig,
-        model_path,
-        tmp_path / "ours",
-        kl_is_correction=corrected,
-        allow_biased_kl=not corrected,
-    )
+    allowed = {"allow_biased_kl": not corrected}
+    theirs, ours = both(model_path, tmp_path, corrected, allowed)
     assert ours[0] == theirs[0]
     assert all(torch.equal(ours[1][name], theirs[1][name]) for name in theirs[1])
 
