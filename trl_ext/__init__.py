@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trl_ext.grpo import GRPOConfig, GRPOTrainer
+    from trl_ext.ppo import PPOConfig, PPOTrainer
+    from trl_ext.reinforce import ReinforceConfig, ReinforceTrainer
     from trl_ext.rwr import RWRConfig, RWRTrainer
 
 __version__ = "0.1.0.dev0"
@@ -16,11 +18,25 @@ __version__ = "0.1.0.dev0"
 _HOMES = {
     "GRPOConfig": "trl_ext.grpo",
     "GRPOTrainer": "trl_ext.grpo",
+    "PPOConfig": "trl_ext.ppo",
+    "PPOTrainer": "trl_ext.ppo",
     "RWRConfig": "trl_ext.rwr",
     "RWRTrainer": "trl_ext.rwr",
+    "ReinforceConfig": "trl_ext.reinforce",
+    "ReinforceTrainer": "trl_ext.reinforce",
 }
 
-__all__ = ["GRPOConfig", "GRPOTrainer", "RWRConfig", "RWRTrainer", "__version__"]
+__all__ = [
+    "GRPOConfig",
+    "GRPOTrainer",
+    "PPOConfig",
+    "PPOTrainer",
+    "RWRConfig",
+    "RWRTrainer",
+    "ReinforceConfig",
+    "ReinforceTrainer",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

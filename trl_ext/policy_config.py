@@ -1,4 +1,4 @@
-"""What every policy trainer takes, and what the hooks of one are given."""
+"""What every policy trainer takes, and which options go together."""
 
 import types
 from collections.abc import Mapping
@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
-from torch import Tensor
 from trl import GRPOConfig as TRLGRPOConfig
 
 from trl_ext.errors import ConfigError
@@ -21,6 +20,9 @@ _KINDS: Mapping[Any, tuple[type, str]] = {
     str: (str, "a text"),
     type(None): (type(None), "None"),
 }
+
+# TRL's loss types that only say how the losses of tokens add up.
+_SUMMED_BY_TOKENS = ("dr_grpo", "luspo", "grpo", "bnpo", "dapo")
 
 
 @dataclass
@@ -98,19 +100,35 @@ class PolicyConfig(TRLGRPOConfig):
     refused: ClassVar[dict[str, str]] = {
         "use_bias_correction_kl": "kl_is_correction says whether a KL in the loss is corrected",
     }
+    # Whether a prompt may have one completion only: nothing is compared within its group.
+    takes_single_completions: ClassVar[bool] = False
 
     def __post_init__(self):
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            # The last of TRL's checks but for those of options that are refused here.
+            wanted = self.num_generations == 1 and self.takes_single_completions
+            if not (wanted and "at least 2 generations" in str(error)):
+                raise
         findings = self.findings()
         if findings:
             raise ConfigError("\n".join([f"{type(self).__name__}:", *findings]))
+
+    @classmethod
+    def all_refused(cls) -> dict[str, str]:
+        """`refused` of this class and of those that it builds on: option -> reason."""
+        merged: dict[str, str] = {}
+        for base in reversed(cls.__mro__):
+            merged |= vars(base).get("refused", {})
+        return merged
 
     def findings(self) -> list[str]:
         """What is wrong with these options, a line each; together, once each has its type."""
         defaults = {option.name: option.default for option in fields(self)}
         refused = [
             f"  {name}={getattr(self, name)!r} does nothing here: {reason}. Remove it."
-            for name, reason in self.refused.items()
+            for name, reason in self.all_refused().items()
             if getattr(self, name) != defaults[name]
         ]
         wrong_types = self._wrong_types()
@@ -147,51 +165,92 @@ class PolicyConfig(TRLGRPOConfig):
         return found
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """The completions of one generation batch, whole groups, before TRL shuffles and splits them.
+@dataclass
+class OwnLossConfig(PolicyConfig):
+    """`PolicyConfig` of a trainer that does not use TRL's surrogate: what belongs to that."""
 
-    P prompts and G completions each, over all processes; B rows and T completion tokens on this
-    one.
+    vllm_importance_sampling_correction: bool = field(
+        default=False,
+        metadata={"help": "Not used: it corrects TRL's surrogate, which is not used here."},
+    )
 
-    Attributes:
-        rewards_PG: (P, G) weighted sum of the reward functions; NaN where every one of them
-            returned None.
-        batch: this process's tensors as TRL made them: `completion_ids`, `completion_mask` (B, T),
-            `advantages` (B,), and `old_per_token_logps`, `ref_per_token_logps` (B, T) where TRL
-            computed them.
-        local_rows: where this process's B rows lie among the P·G of all processes.
+    refused: ClassVar[dict[str, str]] = {
+        "delta": "it clips TRL's surrogate, which is not used here",
+        "importance_sampling_level": "it belongs to TRL's surrogate, which is not used here",
+        "multi_objective_aggregation": "rewards are summed up by reward_weights",
+        "off_policy_mask_threshold": "it belongs to TRL's surrogate, which is not used here",
+        "sapo_temperature_neg": "there is no SAPO loss",
+        "sapo_temperature_pos": "there is no SAPO loss",
+        "top_entropy_quantile": "every token of a completion counts",
+        "vespo_k_neg": "there is no VESPO loss",
+        "vespo_k_pos": "there is no VESPO loss",
+        "vespo_lambda_neg": "there is no VESPO loss",
+        "vespo_lambda_pos": "there is no VESPO loss",
+        "vllm_importance_sampling_cap": "it corrects TRL's surrogate, which is not used here",
+        "vllm_importance_sampling_clip_max": "it corrects TRL's surrogate, which is not used here",
+        "vllm_importance_sampling_clip_min": "it corrects TRL's surrogate, which is not used here",
+        "vllm_importance_sampling_correction": (
+            "it corrects TRL's surrogate, which is not used here"
+        ),
+        "vllm_importance_sampling_mode": "it corrects TRL's surrogate, which is not used here",
+    }
+
+
+@dataclass
+class PolicyGradientConfig(OwnLossConfig):
+    """What the trainers with a reward for each token share: REINFORCE, PPO.
+
+    Args:
+        beta: KL coefficient β of max E[r] − β KL(π‖π_ref), in reward units (Equation E1). 0 loads
+            no reference.
+        kl_estimator, kl_placement, kl_is_correction: k1 in the reward by default, whose expected
+            gradient is the whole of the KL's (Equation E29).
+        gamma: discount γ a token (Equation E36).
+        loss_type: how the losses of tokens add up, as in TRL. "dr_grpo" (sums over a fixed length)
+            and "luspo" (sums) have the policy gradient; "grpo", "bnpo" and "dapo" divide by the
+            number of tokens sampled, and so weigh long completions less.
+        num_generations: completions of a prompt; 1 is allowed, unless a baseline needs others.
     """
 
-    rewards_PG: Tensor
-    batch: dict[str, Any]
-    local_rows: slice
+    beta: float = field(
+        default=0.05, metadata={"help": "KL coefficient, in reward units. 0 loads no reference."}
+    )
+    kl_estimator: str = field(
+        default="k1", metadata={"help": "Estimator of the KL: k1, k2, k3 or a registered name."}
+    )
+    kl_placement: Literal["loss", "reward", "none"] = field(
+        default="reward",
+        metadata={"help": "Penalise the KL in the loss or in the reward, or only log it (none)."},
+    )
+    kl_is_correction: bool = field(
+        default=False,
+        metadata={"help": "Multiply a penalty in the loss by the importance ratio."},
+    )
+    gamma: float = field(default=1.0, metadata={"help": "Discount a token, between 0 and 1."})
+    loss_type: Literal["dr_grpo", "luspo", "grpo", "bnpo", "dapo"] = field(
+        default="dr_grpo",
+        metadata={"help": "How the losses of tokens add up; dr_grpo and luspo by their sums."},
+    )
 
-    @property
-    def mask(self) -> Tensor:
-        """(B, T), 1 = a token that the policy generated: neither padding nor a tool's answer."""
-        return generated(self.batch)
+    refused: ClassVar[dict[str, str]] = {
+        "scale_rewards": "beta is in reward units, which a division would change",
+    }
+    takes_single_completions: ClassVar[bool] = True
 
-    def local(self, values_PG: Tensor) -> Tensor:
-        """(P, G, …) over all processes -> (B, …) of this one."""
-        return values_PG.flatten(0, 1)[self.local_rows]
+    def findings(self) -> list[str]:
+        """What is wrong with these options, a line each; together, once each has its type."""
+        found = super().findings()
+        return found if self._wrong_types() else found + self._bad_choices()
 
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What a loss is computed from: B rows of a rollout, T completion tokens.
-
-    Attributes:
-        per_token_logps: (B, T) log π of the sampled tokens, nats, with gradient.
-        mask: (B, T), 1 = a token that the policy generated.
-        credit: (B,) or (B, T), what `assign_credit` returned.
-        ref_per_token_logps: (B, T) under the reference, nats; None if no reference is loaded.
-    """
-
-    per_token_logps: Tensor
-    mask: Tensor
-    credit: Tensor
-    ref_per_token_logps: Tensor | None
+    def _bad_choices(self) -> list[str]:
+        found = []
+        if not 0 <= self.gamma <= 1:
+            found.append(f"  gamma={self.gamma!r} must be between 0 and 1.")
+        if self.loss_type not in _SUMMED_BY_TOKENS:
+            found.append(
+                f"  loss_type={self.loss_type!r} must be one of {', '.join(_SUMMED_BY_TOKENS)}."
+            )
+        return found
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -217,8 +276,3 @@ def _advice(name: str, value: Any) -> str:
     return (
         f" Write {name}=[{value!r}]." if name == "stop_strings" and isinstance(value, str) else ""
     )
-
-
-def generated(batch: dict[str, Any]) -> Tensor:
-    """(B, T), 1 = a token that the policy generated."""
-    return batch["completion_mask"] * batch.get("tool_mask", 1)

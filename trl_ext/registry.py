@@ -103,6 +103,8 @@ TRAINERS = Registry(
     "trl_ext.trainers",
     {
         "grpo": "trl_ext.grpo.trainer:GRPOTrainer",
+        "ppo": "trl_ext.ppo.trainer:PPOTrainer",
+        "reinforce": "trl_ext.reinforce.trainer:ReinforceTrainer",
         "rwr": "trl_ext.rwr.trainer:RWRTrainer",
         "sft": "trl.trainer.sft_trainer:SFTTrainer",
     },

@@ -10,11 +10,13 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerState
@@ -24,9 +26,11 @@ from trl_ext.bundled import resolve_model
 from trl_ext.errors import ConfigError, DataError, RunError
 from trl_ext.functional import TokenAggregation, aggregate_tokens, masked_sum, reward_to_go
 from trl_ext.kl_penalty import KLController, group_centred, penalty_of
-from trl_ext.policy_config import MicroBatch, PolicyConfig, Rollout, generated
+from trl_ext.policy_config import PolicyConfig
 from trl_ext.rewards.guard import guarded
+from trl_ext.rollout import MicroBatch, Rollout, generated
 from trl_ext.tasks.columns import check_prompt_only
+from trl_ext.vocabulary_kl import hidden_states_of
 
 # What TRL's rollouts carry for models that read images, and its log-probability method takes.
 _MULTIMODAL_INPUTS = (
@@ -67,6 +71,9 @@ class PolicyTrainer(TRLGRPOTrainer):
     args: PolicyConfig
     model: Any
     accelerator: Any
+    # What to compute from the policy's hidden states (b, T+1, H) whenever it scores completions:
+    # those that predict the tokens 0..T-1 and what would follow. Set before training, or None.
+    read_hidden: Callable[[Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -100,7 +107,10 @@ class PolicyTrainer(TRLGRPOTrainer):
             )
         self._rewards_per_func: Tensor | None = None
         self._evaluation_rewards: list[Tensor] = []
-        self._policy_logps: Tensor | None = None
+        # Log-probabilities and readout of each scoring pass since the last rollout or loss.
+        self._scored: list[tuple[Tensor, Tensor | None]] = []
+        self._sampled: Tensor | None = None
+        self._rollout_is_spent = False
         self._train_sampler: Any = None
         _check_size(self.train_dataset, self.args)
         self.args.use_bias_correction_kl = args.kl_is_correction
@@ -123,14 +133,24 @@ class PolicyTrainer(TRLGRPOTrainer):
         return rollout.batch["advantages"]
 
     def policy_loss(self, micro_batch: MicroBatch) -> Tensor:
-        """Scalar loss of a micro-batch, a mean over its rows, instead of TRL's surrogate and KL.
+        """Loss of a micro-batch instead of TRL's surrogate: a mean over its rows, or (B, T).
 
-        Accumulation and processes are averaged over by the caller; TRL's entropy bonus and router
-        loss stay.
+        A loss per token is added up as `loss_type` says. Accumulation and processes are averaged
+        over by the caller; the KL penalty, TRL's entropy bonus and router loss stay.
         """
         raise AssertionError(
             "PolicyTrainer leaves the loss to TRL unless a subclass overrides policy_loss."
         )
+
+    def restore(self, checkpoint: Path) -> None:
+        """Load what `save_model` added to a checkpoint. TRL: nothing."""
+
+    def extra_state(self) -> dict[str, Any]:
+        """Numbers and tensors that a checkpoint keeps for `load_extra_state`."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over what `extra_state` gave when the checkpoint was written."""
 
     @property
     def group_size(self) -> int:
@@ -143,9 +163,36 @@ class PolicyTrainer(TRLGRPOTrainer):
         """Record a number, the same on all processes; a log line has the mean since the last."""
         self._metrics["train" if self.model.training else "eval"][name].append(value)
 
-    def over_groups(self, values_B: Tensor, rollout: Rollout) -> Tensor:
-        """(B,) of this process -> (P, G) over all processes."""
-        return self.accelerator.gather(values_B).view_as(rollout.rewards_PG)
+    def over_groups(self, values: Tensor, rollout: Rollout) -> Tensor:
+        """(B,) or (B, T) of this process -> (P, G) or (P, G, T) over all, padded with 0."""
+        if values.dim() > 1:
+            values = self.accelerator.pad_across_processes(values, dim=1)
+        return self.accelerator.gather(values).unflatten(0, rollout.rewards_PG.shape)
+
+    def token_rewards(self, rollout: Rollout) -> Tensor:
+        """(B, T) reward of each token: a completion's own on its last, minus β·KL_t. Equation E30.
+
+        A reward function that gave one number a token has them there. What no function scored has
+        reward 0. The KL is that of the policy that made the rollout, with kl_placement "reward".
+        """
+        total = rollout.local(rollout.rewards_PG).nan_to_num(nan=0.0).to(rollout.mask.device)
+        rewards = self._dense_rewards(rollout)
+        rewards = rewards + rollout.last_tokens * (total - rewards.sum(1))[:, None]
+        if self._penalises("reward"):
+            per_token = self._penalty.value(
+                self.sampler_logps(rollout), rollout.batch["ref_per_token_logps"]
+            )
+            rewards = rewards - self._controller.beta * per_token
+        return rewards * rollout.mask
+
+    def _dense_rewards(self, rollout: Rollout) -> Tensor:
+        """(B, T) weighted sum of the rewards that were given token by token."""
+        dense = torch.zeros(rollout.mask.shape, device=rollout.mask.device)
+        for reward_func, weight in zip(self.reward_funcs, self.reward_weights, strict=True):
+            checked = getattr(reward_func, "checked", None)
+            for row, numbers in (checked.token_rewards if checked else {}).items():
+                dense[row, : len(numbers)] += weight.item() * dense.new_tensor(numbers)
+        return dense
 
     def evaluation_rewards(self) -> list[list[float | None]]:
         """Of the last evaluation: the rewards of each prompt's completions, in a fixed order.
@@ -182,8 +229,23 @@ class PolicyTrainer(TRLGRPOTrainer):
         for known in ("sampling_per_token_logps", "old_per_token_logps"):
             if known in batch:
                 return batch[known]
+        return self._sampler_pass(rollout)[0]
+
+    def sampler_readout(self, rollout: Rollout) -> Tensor:
+        """What `read_hidden` made of the policy that generated the rollout, (B, …)."""
+        readout = self._sampler_pass(rollout)[1]
+        assert readout is not None
+        return readout
+
+    def _sampler_pass(self, rollout: Rollout) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities and readout of the policy now, which is the one that sampled."""
+        batch = rollout.batch
+        known = batch.get("old_per_token_logps", self._sampled)
+        for logps, readout in self._scored:
+            if logps is known:
+                return logps, readout
         with torch.no_grad():
-            logps, _, _ = self._get_per_token_logps_and_entropies(
+            self._sampled, _, _ = self._get_per_token_logps_and_entropies(
                 self.model,
                 torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
                 torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
@@ -191,7 +253,7 @@ class PolicyTrainer(TRLGRPOTrainer):
                 batch_size=self.args.per_device_train_batch_size,
                 **{name: batch[name] for name in _MULTIMODAL_INPUTS if name in batch},
             )
-        return logps
+        return self._scored[-1]
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         def score_once() -> Tensor:
@@ -207,6 +269,8 @@ class PolicyTrainer(TRLGRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         if self.model.training:
             self._adapt_beta(len(inputs) * self.accelerator.num_processes)
+            self._rollout_is_spent = False
+        self._scored = []
         batch = super()._generate_and_score_completions(inputs)
         first = self.accelerator.process_index * len(inputs)
         local_rows = slice(first, first + len(inputs))
@@ -215,20 +279,37 @@ class PolicyTrainer(TRLGRPOTrainer):
         self._show_credit(batch["advantages"])
         if not self.model.training:
             self._evaluation_rewards.append(rollout.rewards_PG)
-        elif self._penalises("reward"):
+        elif self._penalises("reward") and not self._replaces_loss:
             batch["advantages"] = self._minus_kl_to_go(batch["advantages"], rollout)
-        if self._replaces_loss:
-            # A loss of our own that wants the old log-probabilities has folded them into its
-            # credit.
-            batch.pop("old_per_token_logps", None)
+        self._scored, self._sampled = [], None
         return batch
 
-    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-        result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        self._policy_logps = result[0]
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+    ):
+        score = partial(super()._get_per_token_logps_and_entropies, model, input_ids)
+        if self.read_hidden is None or model is self.ref_model:
+            result, readout = score(attention_mask, logits_to_keep, *args, **kwargs), None
+        else:
+            with hidden_states_of(self._causal_lm) as passes:
+                result = score(attention_mask, logits_to_keep, *args, **kwargs)
+            readout = torch.cat([self.read_hidden(h[:, -logits_to_keep - 1 :]) for h in passes])
+        self._scored.append((result[0], readout))
         return result
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As TRL, but nothing is done for a rollout that `end_rollout` has put aside."""
+        if self._rollout_is_spent and self._step % self._generate_every:
+            self._step += 1
+            return torch.zeros((), device=self.args.device)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def end_rollout(self) -> None:
+        """Take no more steps on this rollout: parameters stay until the next one is generated."""
+        self._rollout_is_spent = True
+
     def _compute_loss(self, model, inputs):
+        self._scored = []
         if self._replaces_loss:
             loss = self._own_loss(model, inputs)
         elif self._trl_penalises:
@@ -236,36 +317,39 @@ class PolicyTrainer(TRLGRPOTrainer):
         else:
             with self._without_trl_kl():
                 loss = super()._compute_loss(model, inputs)
-            if self._penalises("loss"):
-                loss = loss + self._controller.beta * self._kl_in_loss(inputs)
-        self._hear_kl(inputs)
+        [(logps, _)] = self._scored
+        self._scored = []
+        if self._penalises("loss") and (self._replaces_loss or not self._trl_penalises):
+            loss = loss + self._controller.beta * self._kl_in_loss(logps, inputs)
+        self._hear_kl(logps, inputs)
         return loss
 
     def _own_loss(self, model, inputs):
         # Without credit and KL, TRL's loss is what it adds to the policy term: entropy bonus,
-        # router loss.
+        # router loss. Without the old log-probabilities, no ratio can overflow.
+        rows = {name: value for name, value in inputs.items() if name != "old_per_token_logps"}
         with self._without_trl_kl():
             rest = super()._compute_loss(
-                model, inputs | {"advantages": torch.zeros_like(inputs["advantages"])}
+                model, rows | {"advantages": torch.zeros_like(inputs["advantages"])}
             )
-        assert self._policy_logps is not None
+        [(logps, readout)] = self._scored
         loss = self.policy_loss(
-            MicroBatch(
-                self._policy_logps,
-                generated(inputs),
-                inputs["advantages"],
-                inputs.get("ref_per_token_logps"),
-            )
+            MicroBatch(logps, generated(inputs), inputs["advantages"], inputs, readout)
         )
         self._drop_surrogate_metrics()
-        return rest + loss / self._accumulated
-
-    def _kl_in_loss(self, inputs) -> Tensor:
-        """β's factor in the loss, summed up over tokens as TRL does for its loss type."""
-        assert self._policy_logps is not None
-        per_token = self._penalty.in_loss(
-            self._policy_logps, inputs["ref_per_token_logps"], inputs.get("old_per_token_logps")
+        return rest + (
+            self._added_up(loss, inputs) if loss.dim() == 2 else loss / self._accumulated
         )
+
+    def _kl_in_loss(self, logps: Tensor, inputs) -> Tensor:
+        """β's factor in the loss."""
+        per_token = self._penalty.in_loss(
+            logps, inputs["ref_per_token_logps"], inputs.get("old_per_token_logps")
+        )
+        return self._added_up(per_token, inputs)
+
+    def _added_up(self, per_token: Tensor, inputs) -> Tensor:
+        """A loss (B, T) summed up over tokens as TRL does for its loss type."""
         mask = generated(inputs)
         if self.loss_type in _OVER_THE_BATCH:
             # The count spans the generation batch, of which an accumulation window is a part.
@@ -277,11 +361,10 @@ class PolicyTrainer(TRLGRPOTrainer):
         length = self.max_completion_length if how == "fixed length" else None
         return aggregate_tokens(per_token, mask, how, count=length) / self._accumulated
 
-    def _hear_kl(self, inputs) -> None:
+    def _hear_kl(self, logps: Tensor, inputs) -> None:
         """Log the KL of the policy to the reference, for the controller too."""
-        logps, self._policy_logps = self._policy_logps, None
         reference = inputs.get("ref_per_token_logps")
-        if logps is None or reference is None:
+        if reference is None:
             return
         per_token = self._penalty.value(logps.detach(), reference)
         per_completion = masked_sum(per_token, generated(inputs))
@@ -295,8 +378,9 @@ class PolicyTrainer(TRLGRPOTrainer):
             return
         self._controller.update(fmean(self._kl_heard), completions)
         self._kl_heard = []
-        self.beta = self._controller.beta
-        self.log_metric("kl/beta", self.beta)
+        if not self._replaces_loss:
+            self.beta = self._controller.beta
+        self.log_metric("kl/beta", self._controller.beta)
 
     def _minus_kl_to_go(self, credit: Tensor, rollout: Rollout) -> Tensor:
         """(B, T) credit − β Σ_{s≥t} KL_s, centred in its group as the rewards are."""
@@ -319,6 +403,8 @@ class PolicyTrainer(TRLGRPOTrainer):
             "buffered_inputs": self._unused_rollout(),
             "kl_beta": self._controller.beta,
             "kl_heard": self._kl_heard,
+            "is_spent": self._rollout_is_spent,
+            "extra": self.extra_state(),
         }
         torch.save(rollout, self._rollout_file(output_dir))
         # The first process now writes the file that marks a checkpoint as complete.
@@ -339,8 +425,12 @@ class PolicyTrainer(TRLGRPOTrainer):
                 )
             self._step, self._buffered_inputs = rollout["step"], rollout["buffered_inputs"]
             self._controller.beta, self._kl_heard = rollout["kl_beta"], rollout["kl_heard"]
+            self._rollout_is_spent = rollout["is_spent"]
+            self.load_extra_state(rollout["extra"])
             if not self._replaces_loss:
                 self.beta = self._controller.beta
+        if checkpoint is not None:
+            self.restore(Path(checkpoint))
 
     def _get_train_sampler(self, dataset=None):
         self._train_sampler = super()._get_train_sampler(dataset)
@@ -361,11 +451,7 @@ class PolicyTrainer(TRLGRPOTrainer):
         return self.current_gradient_accumulation_steps if self.model.training else 1
 
     def _penalises(self, placement: str) -> bool:
-        return (
-            not self._replaces_loss
-            and self.args.kl_placement == placement
-            and self._controller.beta != 0
-        )
+        return self.args.kl_placement == placement and self._controller.beta != 0
 
     @property
     def _trl_penalises(self) -> bool:
@@ -479,9 +565,18 @@ class PolicyTrainer(TRLGRPOTrainer):
 
     def _unused_rollout(self) -> list[dict[str, Any]] | None:
         """The buffered micro-batches if a later step still trains on them."""
+        return self._buffered_inputs if self._step % self._generate_every else None
+
+    @property
+    def _generate_every(self) -> int:
+        """Micro-batches between two rollouts."""
         assert self.args.steps_per_generation is not None
-        generate_every = self.args.steps_per_generation * self.num_iterations
-        return self._buffered_inputs if self._step % generate_every else None
+        return self.args.steps_per_generation * self.num_iterations
+
+    @property
+    def _causal_lm(self) -> PreTrainedModel:
+        """The transformers model, adapters inside it included."""
+        return self.model.get_base_model() if is_peft_model(self.model) else self.model
 
     def _rollout_file(self, checkpoint: str) -> str:
         return os.path.join(checkpoint, f"rollout_{self.accelerator.process_index}.pt")
@@ -529,6 +624,8 @@ def end_training(trainer: Trainer) -> None:
 def load_checkpoint(trainer: Trainer, checkpoint: Path) -> None:
     """The weights and the state of a checkpoint, for a run that has nothing left to train."""
     trainer._load_from_checkpoint(str(checkpoint))
+    if isinstance(trainer, PolicyTrainer):
+        trainer.restore(checkpoint)
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 

@@ -121,8 +121,7 @@ def test_batch_keys_and_shapes(make_spy):
         "num_items_in_batch",
         "ref_per_token_logps",
     }
-    # The adapter takes old_per_token_logps out where a loss of our own has no use for them.
-    assert set(rollout.batch) == expected
+    assert set(rollout.batch) == expected | {"old_per_token_logps"}
     rows, tokens = rollout.batch["completion_ids"].shape
     assert rollout.rewards_PG.shape == (2, 4)
     assert rollout.batch["advantages"].shape == (rows,)

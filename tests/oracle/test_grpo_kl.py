@@ -4,11 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 
-from tests.oracle.small import PLAIN, SHAPE, KeepGradients, reward, reward_of, save_reference
+from tests.oracle.small import (
+    SHAPE,
+    KeepGradients,
+    make_trainer,
+    move_away,
+    reward_of,
+    save_reference,
+)
 from trl_ext.functional import exact_kl
-from trl_ext.grpo import GRPOConfig, GRPOTrainer
+from trl_ext.grpo import GRPOTrainer
 from trl_ext.oracle import (
     Enumeration,
     TabularLM,
@@ -28,21 +34,8 @@ def start(tmp_path) -> str:
 
 
 def grpo_trainer(start: str, group: int, callbacks=None, **options) -> GRPOTrainer:
-    settings: dict[str, Any] = PLAIN | {
-        "output_dir": start + "-trained",
-        "num_generations": group,
-        "per_device_train_batch_size": group,
-        "scale_rewards": "none",
-        "loss_type": "luspo",
-        "beta": BETA,
-    }
-    return GRPOTrainer(
-        model=start,
-        reward_funcs=reward,
-        args=GRPOConfig(**(settings | options)),
-        train_dataset=Dataset.from_dict({"prompt": ["a"]}),
-        callbacks=callbacks,
-    )
+    settings: dict[str, Any] = {"scale_rewards": "none", "beta": BETA} | options
+    return make_trainer(GRPOTrainer, start, group, callbacks, **settings)
 
 
 def kl_of_each_step(space: Enumeration, model, reference):
@@ -80,9 +73,7 @@ def test_gradient_of_reward_and_penalty(start, options, part):
         start, group, callbacks=[keep], max_steps=steps, learning_rate=0.0, **options
     )
     space, reference = Enumeration(SHAPE), TabularLM.from_pretrained(start)
-    torch.manual_seed(2)
-    with torch.no_grad():
-        trainer.model.model.table.weight += 0.6 * torch.randn_like(trainer.model.model.table.weight)
+    move_away(trainer)
     model = trainer.model
     rewards, ref_logps = space.rewards(reward_of), space.logps(reference).detach()
 

@@ -1,7 +1,13 @@
 """Pure tensor mathematics: every formula of trl_ext, once, in torch alone."""
 
-from trl_ext.functional.advantages import gae, off_policy_credit, reward_to_go
+from trl_ext.functional.advantages import (
+    gae,
+    importance_weights,
+    off_policy_credit,
+    reward_to_go,
+)
 from trl_ext.functional.aggregate import TokenAggregation, aggregate_tokens
+from trl_ext.functional.baselines import Baseline, baseline, held_returns, score_norms
 from trl_ext.functional.gibbs import (
     effective_sample_size,
     gibbs_weights,
@@ -11,28 +17,34 @@ from trl_ext.functional.gibbs import (
     weight_entropy,
 )
 from trl_ext.functional.kl import exact_forward_kl, exact_kl, k1, k2, k3, topk_kl
-from trl_ext.functional.masking import masked_mean, masked_sum
+from trl_ext.functional.masking import masked_mean, masked_moments, masked_sum
 from trl_ext.functional.policy_loss import clipped_surrogate, value_loss, weighted_nll
 
 __all__ = [
+    "Baseline",
     "TokenAggregation",
     "aggregate_tokens",
+    "baseline",
     "clipped_surrogate",
     "effective_sample_size",
     "exact_forward_kl",
     "exact_kl",
     "gae",
     "gibbs_weights",
+    "held_returns",
+    "importance_weights",
     "k1",
     "k2",
     "k3",
     "log_mean_exp",
     "masked_mean",
+    "masked_moments",
     "masked_sum",
     "off_policy_credit",
     "optimism",
     "prefix_log_ratio",
     "reward_to_go",
+    "score_norms",
     "topk_kl",
     "value_loss",
     "weight_entropy",

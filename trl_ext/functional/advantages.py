@@ -4,6 +4,8 @@ A mask may have zeros inside a completion (a tool's answer): such a token is no 
 policy. It is passed over, and takes no step of discount.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -76,8 +78,44 @@ def gae(
     return advantages, advantages + values
 
 
+def importance_weights(
+    log_ratios: Tensor,
+    mask: Tensor,
+    how: Literal["token", "prefix", "sequence"],
+    *,
+    truncation: float | None = None,
+) -> Tensor:
+    """Weights of samples of π_old under π, ρ = π/π_old. Equation E38.
+
+    "token": ρ_t, which leaves out how the prefix came about. "prefix": Π_{s≤t} ρ_s, the weight of
+    the prefix that ends in token t. "sequence": Π_s ρ_s, that of the completion, for each token.
+
+    Args:
+        log_ratios: (B, T) log π − log π_old of the sampled tokens, nats.
+        mask: (B, T), 1 or True = a token of the policy.
+        how: see above.
+        truncation: weights are at most this: less variance, and a bias. None: as they are.
+
+    Returns:
+        (B, T), float32 (float64 for float64 input), without gradient; 0 where masked out.
+    """
+    keep = mask.bool()
+    logs = torch.where(keep, at_least_float32(log_ratios.detach()), 0.0)
+    if how == "prefix":
+        logs = logs.cumsum(dim=1)
+    elif how == "sequence":
+        logs = logs.sum(dim=1, keepdim=True).expand_as(logs)
+    weights = logs.exp() if truncation is None else logs.exp().clamp(max=truncation)
+    return torch.where(keep, weights, 0.0)
+
+
 def off_policy_credit(
-    rewards: Tensor, log_ratios: Tensor, mask: Tensor, *, gamma: float = 1.0
+    rewards: Tensor,
+    log_ratios: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    truncation: float | None = None,
 ) -> Tensor:
     """(Π_{s≤t} ρ_s) Σ_{s≥t} γ^{s−t} r_s Π_{t<u≤s} ρ_u: reward-to-go from another policy's samples.
 
@@ -89,6 +127,7 @@ def off_policy_credit(
         log_ratios: (B, T) log ρ = log π − log π_old of the sampled tokens, nats.
         mask: (B, T), 1 or True = a token of the policy.
         gamma: discount γ a token, 0 ≤ γ ≤ 1.
+        truncation: products of ratios are at most this. None: as they are.
 
     Returns:
         (B, T) in units of the reward, float32 (float64 for float64 input), without gradient; 0
@@ -97,14 +136,10 @@ def off_policy_credit(
     Raises:
         ValueError: if γ is not in [0, 1].
     """
-    _check_fraction("gamma", gamma)
-    keep = mask.bool()
-    rewards, log_ratios = (
-        torch.where(keep, at_least_float32(each.detach()), 0.0) for each in (rewards, log_ratios)
-    )
     # Past and later ratios together are ρ_1 … ρ_s for the reward of s, whatever t.
-    weighted = log_ratios.cumsum(dim=1).exp() * rewards
-    return torch.where(keep, _discounted_suffix_sums(weighted, keep, gamma), 0.0)
+    weights = importance_weights(log_ratios, mask, "prefix", truncation=truncation)
+    rewards = torch.where(mask.bool(), at_least_float32(rewards.detach()), 0.0)
+    return reward_to_go(weights * rewards, mask, gamma=gamma)
 
 
 def _next_values(values: Tensor, keep: Tensor, after_all: Tensor) -> Tensor:

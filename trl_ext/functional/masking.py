@@ -47,3 +47,20 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int = -1) -> Tensor:
     """
     count = mask.bool().expand_as(values).sum(dim)
     return masked_sum(values, mask, dim) / count.clamp(min=1)
+
+
+def masked_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over all kept entries.
+
+    Source: definition; the variance divides by the number of entries.
+
+    Args:
+        values: any shape, any floating dtype.
+        mask: broadcastable to `values`, 1 or True = keep.
+
+    Returns:
+        Two scalars, in the units of `values`; 0 and 0 where nothing is kept.
+    """
+    flat, keep = values.flatten(), mask.expand_as(values).flatten()
+    mean = masked_mean(flat, keep)
+    return mean, masked_mean((flat - mean).square(), keep).sqrt()

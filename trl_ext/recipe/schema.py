@@ -70,16 +70,20 @@ def config_fields(trainer_target: str) -> Fields:
 
 @cache
 def refused_options(trainer_target: str) -> dict[str, str]:
-    """Inherited option -> why the trainer refuses it: the literal `refused` of its config."""
+    """Inherited option -> why the trainer refuses it: the literals `refused` of its config.
+
+    A class adds to those of the one that it builds on.
+    """
+    refused: dict[str, str] = {}
     found: Found | None = _find_config(trainer_target)
     while found is not None:
         source, cls = found
         for node in cls.body:
             if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "refused":
                 value = _literal(node.value) if node.value else COMPUTED
-                return value if isinstance(value, dict) else {}
+                refused = (value if isinstance(value, dict) else {}) | refused
         found = find_expression(source, cls.bases[0]) if cls.bases else None
-    return {}
+    return refused
 
 
 def _find_config(trainer_target: str) -> Found:

@@ -41,7 +41,8 @@ def guarded(reward_func: Any, name: str, timeout: float | None = None) -> Any:
 
     Returns:
         A function of the same kind. It gives a list of floats; None, TRL's "does not apply",
-        stays None.
+        stays None, and a list of one number a token becomes its sum. Its `checked.token_rewards`
+        has those lists.
 
     Raises:
         ConfigError: if it is none of these, or the time limit is not one.
@@ -52,7 +53,9 @@ def guarded(reward_func: Any, name: str, timeout: float | None = None) -> Any:
         return reward_func
     _check_reward(reward_func, name, timeout)
     wrap = _guarded_async if _is_async(reward_func) else _guarded_sync
-    wrapper = wrap(reward_func, name, timeout)
+    checked = Checked(name)
+    wrapper = wrap(reward_func, name, timeout, checked)
+    wrapper.checked = checked
     wrapper.__name__ = name
     wrapper.__doc__ = reward_func.__doc__
     return wrapper
@@ -86,10 +89,8 @@ def _is_async(function: Any) -> bool:
 
 
 def _guarded_sync(
-    reward_func: Callable[..., Any], name: str, timeout: float | None
+    reward_func: Callable[..., Any], name: str, timeout: float | None, checked: Checked
 ) -> Callable[..., list[float | None]]:
-    checked = Checked(name)
-
     def reward(prompts: list, completions: list, **columns: Any) -> list[float | None]:
         try:
             with deadline(name, len(completions), timeout):
@@ -101,7 +102,7 @@ def _guarded_sync(
             raise
         except FAILURES as failure:
             raise _explained(name, failure, find(prompts, completions, columns)) from failure
-        return checked(values, prompts, completions)
+        return checked(values, prompts, completions, columns.get("completion_ids"))
 
     def find(prompts: list, completions: list, columns: dict[str, Any]) -> str:
         try:
@@ -142,10 +143,8 @@ def _slowest(starts: list[float], prompts: list, completions: list) -> str:
 
 
 def _guarded_async(
-    reward_func: Callable[..., Awaitable[Any]], name: str, timeout: float | None
+    reward_func: Callable[..., Awaitable[Any]], name: str, timeout: float | None, checked: Checked
 ) -> Callable[..., Awaitable[list[float | None]]]:
-    checked = Checked(name)
-
     async def reward(prompts: list, completions: list, **columns: Any) -> list[float | None]:
         try:
             async with async_deadline(name, len(completions), timeout):
@@ -157,7 +156,7 @@ def _guarded_async(
             raise
         except FAILURES as failure:
             raise _explained(name, failure, await find(prompts, completions, columns)) from failure
-        return checked(values, prompts, completions)
+        return checked(values, prompts, completions, columns.get("completion_ids"))
 
     async def find(prompts: list, completions: list, columns: dict[str, Any]) -> str:
         try:

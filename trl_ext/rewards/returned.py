@@ -1,4 +1,4 @@
-"""What a reward returned: one finite number or None a completion, or an error with the sample."""
+"""What a reward returned: a finite number, one a token, or None; or an error with the sample."""
 
 import logging
 from fractions import Fraction
@@ -15,16 +15,34 @@ SHOWN_CHARACTERS = 160
 class Checked:
     """What a reward returned as a list with one float or None a completion.
 
-    Where it applies to nothing in a batch, it says so once, and not as an error: in a mixture of
-    tasks another reward may apply.
+    A list of one number a token in place of a number counts by its sum. Where the reward applies to
+    nothing in a batch, it says so once, and not as an error: in a mixture of tasks another reward
+    may apply.
+
+    Attributes:
+        token_rewards: of the last call, the list of each completion that got one number a token.
     """
 
     def __init__(self, name: str):
         self.name = name
         self.warned = False
+        self.token_rewards: dict[int, list[float]] = {}
 
-    def __call__(self, values: Any, prompts: list, completions: list) -> list[float | None]:
-        checked = _numbers(values, self.name, prompts, completions)
+    def __call__(
+        self, values: Any, prompts: list, completions: list, token_ids: list | None = None
+    ) -> list[float | None]:
+        checked = _numbers(values, self.name, prompts, completions, token_ids is not None)
+        dense = {index: row for index, row in enumerate(checked) if isinstance(row, list)}
+        for index, row in dense.items():
+            assert token_ids is not None
+            if len(row) != len(token_ids[index]):
+                raise RewardError(
+                    f"The reward {self.name!r} returned {len(row)} numbers for a completion of "
+                    f"{len(token_ids[index])} tokens. {shown(index, prompts, completions)} Return "
+                    "one a token of completion_ids, or one for the completion."
+                )
+        self.token_rewards = dense
+        checked = [sum(row) if isinstance(row, list) else row for row in checked]
         if not self.warned and checked and all(value is None for value in checked):
             self.warned = True
             logger.warning(
@@ -36,7 +54,9 @@ class Checked:
         return checked
 
 
-def _numbers(values: Any, name: str, prompts: list, completions: list) -> list[float | None]:
+def _numbers(
+    values: Any, name: str, prompts: list, completions: list, per_token: bool
+) -> list[float | list[float] | None]:
     if hasattr(values, "tolist"):  # a tensor or an array
         values = values.tolist()
     if not isinstance(values, list | tuple):
@@ -50,12 +70,25 @@ def _numbers(values: Any, name: str, prompts: list, completions: list) -> list[f
             f"The reward {name!r} returned {len(values)} values for {len(completions)} "
             "completions; it must return exactly one a completion, in their order."
         )
-    return [_number(value, name, index, prompts, completions) for index, value in enumerate(values)]
+    return [
+        None
+        if value is None
+        else [_number(one, name, index, prompts, completions) for one in _listed(value)]
+        if per_token and _is_listed(value)
+        else _number(value, name, index, prompts, completions)
+        for index, value in enumerate(values)
+    ]
 
 
-def _number(value: Any, name: str, index: int, prompts: list, completions: list) -> float | None:
-    if value is None:
-        return None
+def _is_listed(value: Any) -> bool:
+    return isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 1
+
+
+def _listed(value: Any) -> list:
+    return list(value.tolist() if hasattr(value, "tolist") else value)
+
+
+def _number(value: Any, name: str, index: int, prompts: list, completions: list) -> float:
     if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:  # a 0-d tensor, a numpy number
         value = value.item()
     if isinstance(value, int | float | Fraction):

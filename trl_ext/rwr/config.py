@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from trl_ext.policy_config import PolicyConfig
+from trl_ext.policy_config import OwnLossConfig
 
 # Below, r/beta and its square (the variance of reward samples) would leave float32 for rewards
 # that are still ordinary numbers.
@@ -11,7 +11,7 @@ LEAST_BETA = 1e-15
 
 
 @dataclass
-class RWRConfig(PolicyConfig):
+class RWRConfig(OwnLossConfig):
     """`trl.GRPOConfig` for reward-weighted regression: what it adds, and what it means otherwise.
 
     Args:
@@ -66,21 +66,14 @@ class RWRConfig(PolicyConfig):
             "help": "Load the reference and log the KL of the policy to it, nats per completion."
         },
     )
-    vllm_importance_sampling_correction: bool = field(
-        default=False,
-        metadata={"help": "Not used: reward-weighted regression has no importance ratio."},
-    )
-
     kl_placement: Literal["loss", "reward", "none"] = field(
         default="none",
         metadata={"help": "Not used: in reward-weighted regression beta is in the weights."},
     )
 
     refused: ClassVar[dict[str, str]] = {
-        "delta": "there is no importance ratio to clip",
         "epsilon": "there is no importance ratio to clip",
         "epsilon_high": "there is no importance ratio to clip",
-        "importance_sampling_level": "there is no importance ratio",
         "allow_biased_kl": "there is no KL penalty: beta is in the weights",
         "kl_clamp": "there is no KL penalty: beta is in the weights",
         "kl_controller": "there is no KL penalty: beta is in the weights",
@@ -89,25 +82,11 @@ class RWRConfig(PolicyConfig):
         "kl_placement": "there is no KL penalty: beta is in the weights; log_kl logs the KL",
         "kl_target": "there is no KL penalty: beta is in the weights",
         "loss_type": "the loss is -sum w_n log pi(y_n|x); token_reduction says how tokens add up",
-        "multi_objective_aggregation": "softmax(r/beta) takes the sum of rewards by reward_weights",
-        "off_policy_mask_threshold": "there is no importance ratio to threshold",
-        "sapo_temperature_neg": "there is no SAPO loss",
-        "sapo_temperature_pos": "there is no SAPO loss",
         "scale_rewards": "softmax(r/beta) ignores shifts, and the scale is what beta sets",
         "sync_ref_model": "reference: moving already follows the policy",
-        "top_entropy_quantile": "a completion's weight belongs to all of its tokens",
         "use_bias_correction_kl": "there is no KL term in the loss: beta is in the weights",
-        "vespo_k_neg": "there is no VESPO loss",
-        "vespo_k_pos": "there is no VESPO loss",
-        "vespo_lambda_neg": "there is no VESPO loss",
-        "vespo_lambda_pos": "there is no VESPO loss",
         "ref_model_mixup_alpha": "reference: moving already follows the policy",
         "ref_model_sync_steps": "reference: moving already follows the policy",
-        "vllm_importance_sampling_cap": "there is no importance ratio",
-        "vllm_importance_sampling_clip_max": "there is no importance ratio",
-        "vllm_importance_sampling_clip_min": "there is no importance ratio",
-        "vllm_importance_sampling_correction": "there is no importance ratio",
-        "vllm_importance_sampling_mode": "there is no importance ratio",
     }
 
     def findings(self) -> list[str]:

@@ -16,7 +16,8 @@ from trl_ext.functional import (
     weight_entropy,
     weighted_nll,
 )
-from trl_ext.policy_config import MicroBatch, PolicyConfig, Rollout
+from trl_ext.policy_config import PolicyConfig
+from trl_ext.rollout import MicroBatch, Rollout
 from trl_ext.rwr.config import RWRConfig
 from trl_ext.trl_adapter import PolicyTrainer
 
