@@ -1,5 +1,6 @@
 """What every test runs under: no network, no accelerator, fixed seeds."""
 
+import gc
 import os
 import random
 import sys
@@ -16,6 +17,16 @@ import pytest
 # The same examples on every machine and no time limit on one: a busy machine is no failure.
 hypothesis.settings.register_profile("trl_ext", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("trl_ext")
+
+
+def pytest_collection_finish() -> None:
+    """Keep what the test files imported out of every later garbage collection.
+
+    Each training run ends with one; over all of torch and transformers it would take longer than
+    the run.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

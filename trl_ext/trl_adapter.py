@@ -115,7 +115,7 @@ class PolicyTrainer(TRLGRPOTrainer):
         _check_size(self.train_dataset, self.args)
         self.args.use_bias_correction_kl = args.kl_is_correction
         self._stop_at(args.stop_strings or [])
-        _keep_nf4_gradients_on_cpu(self.model)
+        keep_nf4_gradients_on_cpu(self.model)
 
     def uses_reference(self, args: PolicyConfig) -> bool:
         """Whether the reference model is loaded and scores every rollout. TRL: if β is not 0.
@@ -169,15 +169,23 @@ class PolicyTrainer(TRLGRPOTrainer):
             values = self.accelerator.pad_across_processes(values, dim=1)
         return self.accelerator.gather(values).unflatten(0, rollout.rewards_PG.shape)
 
-    def token_rewards(self, rollout: Rollout) -> Tensor:
+    def token_rewards(self, rollout: Rollout, *, unfinished: Tensor | None = None) -> Tensor:
         """(B, T) reward of each token: a completion's own on its last, minus β·KL_t. Equation E30.
 
         A reward function that gave one number a token has them there. What no function scored has
         reward 0. The KL is that of the policy that made the rollout, with kl_placement "reward".
+
+        Args:
+            rollout: the completions.
+            unfinished: (B,) bool, completions that get no reward of their own: their end is not
+                there yet.
         """
         total = rollout.local(rollout.rewards_PG).nan_to_num(nan=0.0).to(rollout.mask.device)
         rewards = self._dense_rewards(rollout)
-        rewards = rewards + rollout.last_tokens * (total - rewards.sum(1))[:, None]
+        of_all = total - rewards.sum(1)
+        if unfinished is not None:
+            of_all = of_all.masked_fill(unfinished, 0.0)
+        rewards = rewards + rollout.last_tokens * of_all[:, None]
         if self._penalises("reward"):
             per_token = self._penalty.value(
                 self.sampler_logps(rollout), rollout.batch["ref_per_token_logps"]
@@ -644,7 +652,7 @@ def _name_of(reward_func: Any) -> str:
     )
 
 
-def _keep_nf4_gradients_on_cpu(model: torch.nn.Module) -> None:
+def keep_nf4_gradients_on_cpu(model: torch.nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for AVX512-BF16 CPUs.
 
     It does so in the first evaluation-mode forward pass, and the kernel that it then uses has no

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.forked import Forked, trl_ext
 from tests.tiny import save_byte_llama
 
 ROOT = Path(__file__).parents[2]
@@ -31,8 +32,8 @@ per_device_train_batch_size: 4
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory):
-    """Run Python with the plugin installed. Its build happens in a copy, which it litters."""
+def site(tmp_path_factory) -> Path:
+    """A folder with the plugin installed. Its build happens in a copy, which it litters."""
     folder = tmp_path_factory.mktemp("plugin")
     source, target = folder / "source", folder / "site"
     shutil.copytree(SOURCE, source, ignore=shutil.ignore_patterns("__pycache__"))
@@ -41,16 +42,35 @@ def python(tmp_path_factory):
     flags = ["--no-index", "--no-deps", "--no-build-isolation", "--target", str(target)]
     install = subprocess.run([*pip, *flags, str(source)], capture_output=True, text=True)
     assert install.returncode == 0, install.stderr
+    return target
+
+
+@pytest.fixture
+def python(site):
+    """Run Python with the plugin installed."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {"PYTHONPATH": str(target), "COLUMNS": "200"}
+        environment = os.environ | {"PYTHONPATH": str(site), "COLUMNS": "200"}
         command = [sys.executable, *arguments]
-        return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+        return subprocess.run(
+            command, env=environment, cwd=site.parent, capture_output=True, text=True
+        )
 
     return run
 
 
-def test_names_are_listed_and_load(python):
+@pytest.fixture
+def forked(site):
+    """Run a function with the plugin installed, where TRL is imported and the plugin is not."""
+
+    def run(function, *arguments: str) -> tuple[int, str, str]:
+        environment = {"PYTHONPATH": str(site), "COLUMNS": "200"}
+        return Forked(function, *arguments, folder=site.parent, environment=environment).end()
+
+    return run
+
+
+def test_names_are_listed_and_load(forked):
     program = """
 import json, sys
 from trl_ext.registry import REWARDS, TRAINERS
@@ -61,9 +81,9 @@ scores = reward(prompts=["?", "?"], completions=["a b c", [{"role": "assistant",
 bases = [base.__name__ for base in trainer.__mro__]
 print(json.dumps([listed, imported, bases[:2], trainer.config_class.__name__, scores]))
 """
-    run = python("-c", program)
-    assert run.returncode == 0, run.stderr
-    listed, imported, bases, config, scores = json.loads(run.stdout.splitlines()[-1])
+    code, out, err = forked(exec, program)
+    assert code == 0, err
+    listed, imported, bases, config, scores = json.loads(out.splitlines()[-1])
     assert listed == [True, True]
     assert not imported, "listing names must import no plugin"
     assert (bases, config) == (["EchoTrainer", "RWRTrainer"], "EchoConfig")
@@ -102,7 +122,7 @@ def test_building_it_left_nothing_here():
 
 
 @pytest.mark.slow
-def test_it_trains(python, tmp_path):
+def test_it_trains(forked, tmp_path):
     settings = {
         "model_name_or_path": save_byte_llama(tmp_path / "model"),
         "dataset_name": "char_reverse",
@@ -114,6 +134,6 @@ def test_it_trains(python, tmp_path):
     recipe = tmp_path / "echo.yaml"
     recipe.write_text(RECIPE.format(gain="gain"))
     overrides = [f"{key}={value}" for key, value in settings.items()]
-    run = python("-m", "trl_ext", "train", str(recipe), *overrides)
-    assert run.returncode == 0, run.stdout + run.stderr
+    code, out, err = forked(trl_ext, "train", str(recipe), *overrides)
+    assert code == 0, out + err
     assert "short_answers" in (tmp_path / "out" / "metrics.jsonl").read_text()

@@ -1,16 +1,11 @@
-"""Runs of the real command, in processes of their own, on models that train in milliseconds."""
+"""Runs of the command, in processes of their own, on models that train in milliseconds."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
+from tests.e2e.forked import REPOSITORY, Forked, trl_ext
 from tests.tiny import save_byte_llama
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -55,44 +50,48 @@ def broken(completions, **kwargs):
 """
 
 
+def write_recipe_in(
+    folder: Path, model: str, name: str, reward: str = "my_rewards:slow", max_steps: int = 6
+) -> Path:
+    """Write a recipe of a run that takes about a second, and the rewards beside it; its file."""
+    (folder / "my_rewards.py").write_text(REWARDS)
+    recipe = folder / f"{name}.yaml"
+    settings = {"output_dir": folder / name, "model": model, "reward": reward}
+    recipe.write_text(RECIPE.format(max_steps=max_steps, **settings))
+    return recipe
+
+
 @pytest.fixture
 def write_recipe(tmp_path, byte_llama):
     """Write a recipe of a run that takes about a second; its file."""
 
-    def write(name: str = "run", reward: str = "my_rewards:slow", max_steps: int = 6) -> Path:
-        (tmp_path / "my_rewards.py").write_text(REWARDS)
-        recipe = tmp_path / f"{name}.yaml"
-        settings = {"output_dir": tmp_path / name, "model": byte_llama, "reward": reward}
-        recipe.write_text(RECIPE.format(max_steps=max_steps, **settings))
-        return recipe
+    def write(name: str = "run", **settings) -> Path:
+        return write_recipe_in(tmp_path, byte_llama, name, **settings)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, byte_llama) -> Path:
+    """The output_dir of the recipe as it is, trained without interruption. To be read only."""
+    folder = tmp_path_factory.mktemp("whole")
+    recipe = write_recipe_in(folder, byte_llama, "whole")
+    code, _, err = Forked(trl_ext, "train", str(recipe), folder=folder, environment={}).end()
+    assert code == 0, err
+    return folder / "whole"
 
 
 @pytest.fixture
 def command(tmp_path):
     """Start `trl_ext` with arguments, in `tmp_path`; the process."""
 
-    def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
-        inherited = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-        return subprocess.Popen(
-            [sys.executable, "-m", "trl_ext", *map(str, arguments)],
-            cwd=tmp_path,
-            env=inherited | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def start(*arguments: object, **environment: str) -> Forked:
+        # Of no use to a fork, but to the launcher that it may turn into.
+        inherited = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        environment = inherited | environment
+        return Forked(trl_ext, *map(str, arguments), folder=tmp_path, environment=environment)
 
     return start
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to a command and to the processes that it launched."""
-    started = psutil.Process(process.pid)
-    for one in [started, *started.children(recursive=True)]:
-        one.kill()
-    process.communicate()
 
 
 @pytest.fixture
@@ -100,8 +99,6 @@ def run(command):
     """Run `trl_ext` to its end: exit code, standard output, standard error."""
 
     def to_end(*arguments: object, **environment: str) -> tuple[int, str, str]:
-        process = command(*arguments, **environment)
-        out, err = process.communicate(timeout=300)
-        return process.returncode, out, err
+        return command(*arguments, **environment).end()
 
     return to_end

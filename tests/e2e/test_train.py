@@ -1,10 +1,12 @@
 """`trl_ext train` as a user meets it: results, interruptions, and what goes wrong."""
 
 import json
+import os
 import re
 import resource
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.e2e.conftest import kill
+from tests.e2e.forked import REPOSITORY, ended, trl_ext, two_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -42,11 +44,13 @@ def wait_for(path: Path, seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
-def test_a_run_leaves_its_record_and_a_model_that_plain_transformers_loads(
-    run, write_recipe, tmp_path
-):
-    code, out, err = run("train", write_recipe(), "eval_on_start=true")
-    assert code == 0, err
+def test_a_run_leaves_its_record_and_a_model_that_plain_transformers_loads(write_recipe, tmp_path):
+    """In an interpreter of its own, as a user starts it; the other tests save its imports."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "trl_ext", "train", write_recipe(), "eval_on_start=true"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    out, err = done.stdout, done.stderr
+    assert done.returncode == 0, err
     assert "Held-out prompts" in out and "95% interval" in out
     assert "The model is in" in out
     output_dir = tmp_path / "run"
@@ -64,11 +68,11 @@ def test_a_run_leaves_its_record_and_a_model_that_plain_transformers_loads(
     assert ids.shape[1] > 4
 
 
-def test_the_saved_recipe_trains_to_the_same_model(run, write_recipe, tmp_path):
-    assert run("train", write_recipe())[0] == 0
-    again = run("train", tmp_path / "run" / "recipe.yaml", f"output_dir={tmp_path / 'again'}")
+def test_the_saved_recipe_trains_to_the_same_model(run, whole, tmp_path):
+    rewards = {"PYTHONPATH": str(whole.parent)}
+    again = run("train", whole / "recipe.yaml", f"output_dir={tmp_path / 'again'}", **rewards)
     assert again[0] == 0, again[2]
-    assert same(parameters(tmp_path / "again"), parameters(tmp_path / "run"))
+    assert same(parameters(tmp_path / "again"), parameters(whole))
 
 
 def test_a_lora_adapter_loads_with_plain_peft(run, write_recipe, tmp_path):
@@ -83,18 +87,18 @@ def test_a_lora_adapter_loads_with_plain_peft(run, write_recipe, tmp_path):
 
 
 def test_killed_at_any_step_and_resumed_a_run_ends_with_the_same_parameters(
-    command, run, write_recipe, tmp_path
+    command, run, write_recipe, whole, tmp_path
 ):
-    whole = run("train", write_recipe("whole"))
-    assert whole[0] == 0, whole[2]
     killed = write_recipe("killed")
     for step in (1, 4):  # in the middle of a rollout that serves two steps, and at its end
-        process = command("train", killed, *(["--resume"] if step > 1 else []), REWARD_SECONDS="1")
+        process = command(
+            "train", killed, *(["--resume"] if step > 1 else []), REWARD_SECONDS="0.5"
+        )
         wait_for(tmp_path / "killed" / f"checkpoint-{step}")
-        kill(process)
+        process.kill()
     code, _, err = run("train", killed, "--resume")
     assert code == 0, err
-    assert same(parameters(tmp_path / "killed"), parameters(tmp_path / "whole"))
+    assert same(parameters(tmp_path / "killed"), parameters(whole))
     rows = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(row)["step"] for row in rows if "grad_norm" in row]
     assert steps == [1, 2, 3, 4, 5, 6], "each step is recorded once"
@@ -117,23 +121,21 @@ def test_a_half_written_checkpoint_is_passed_over(run, write_recipe, tmp_path):
 
 
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_resume(
-    command, run, write_recipe, tmp_path
+    command, run, write_recipe, whole, tmp_path
 ):
-    whole = run("train", write_recipe("whole"))
-    assert whole[0] == 0, whole[2]
     recipe = write_recipe("stopped")
-    process = command("train", recipe, "save_strategy=no", REWARD_SECONDS="1")
+    process = command("train", recipe, "save_strategy=no", REWARD_SECONDS="0.5")
     metrics = tmp_path / "stopped" / "metrics.jsonl"
     wait_for(metrics)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
+    os.kill(process.pid, signal.SIGINT)
+    code, _, err = process.end(timeout=120)
+    assert code == 130
     step = int(found(r"Stopped at step (\d+)", err))
     assert 1 <= step < 6
     assert (tmp_path / "stopped" / f"checkpoint-{step}" / "trainer_state.json").is_file()
     resume = found(r"trl_ext (train \S+ --resume)", err).split()
     assert run(*resume)[0] == 0
-    assert same(parameters(tmp_path / "stopped"), parameters(tmp_path / "whole"))
+    assert same(parameters(tmp_path / "stopped"), parameters(whole))
 
 
 def test_an_output_dir_that_holds_a_run_is_refused(run, write_recipe, tmp_path):
@@ -160,16 +162,14 @@ def test_a_reward_that_raises_names_itself_the_sample_and_the_checkpoint(run, wr
     assert "Traceback" not in err
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint(command, run, write_recipe, tmp_path):
+def test_a_full_disk_leaves_the_earlier_checkpoint(command, run, write_recipe, whole, tmp_path):
     """No file may grow over 60 kB once the first checkpoint (adapter and optimizer) is there."""
-    whole = run("train", write_recipe("whole"))
-    assert whole[0] == 0, whole[2]
     recipe = write_recipe()
-    process = command("train", recipe, REWARD_SECONDS="2")
+    process = command("train", recipe, REWARD_SECONDS="0.5")
     wait_for(tmp_path / "run" / "checkpoint-1" / "trainer_state.json")
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (60_000, 60_000))
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1
+    code, _, err = process.end(timeout=120)
+    assert code == 1
     assert "Traceback" not in err
     assert re.search(r"Saving at step \d+ failed", err)
     newest = Path(found(r"newest complete checkpoint is (\S+);", err))
@@ -178,7 +178,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(command, run, write_recipe, t
     assert int(newest.name.split("-")[1]) == max(int(name.split("-")[1]) for name in left)
     code, _, err = run("train", recipe, "--resume")  # with room again
     assert code == 0, err
-    assert same(parameters(tmp_path / "run"), parameters(tmp_path / "whole"))
+    assert same(parameters(tmp_path / "run"), parameters(whole))
 
 
 def test_a_trainer_that_takes_no_reward_says_so(run, tmp_path, byte_llama):
@@ -211,17 +211,24 @@ def test_a_wrong_recipe_does_not_cost_the_run_that_it_would_replace(run, write_r
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
-def test_two_processes_train_stop_and_resume(command, run, write_recipe, tmp_path):
+def test_two_processes_train_stop_and_resume(run, write_recipe, tmp_path):
     two = ("num_processes=2", "per_device_train_batch_size=4", "eval_on_start=true")
-    whole = run("train", write_recipe("whole"), *two)
-    assert whole[0] == 0, whole[2][-9000:]
-    assert "Held-out prompts" in whole[1]
+
+    def launched(recipe: Path, **environment: str):
+        # What the launcher, which the resumed run takes, adds: the processes and ddp_backend.
+        arguments = ("train", str(recipe), *two, "ddp_backend=gloo")
+        return two_ranks(trl_ext, *arguments, folder=tmp_path, environment=environment)
+
+    for code, _, err in ended(launched(write_recipe("whole"))):
+        assert code == 0, err[-9000:]
     recipe = write_recipe("killed")
-    process = command("train", recipe, *two, REWARD_SECONDS="1")
+    processes = launched(recipe, REWARD_SECONDS="0.5")
     wait_for(tmp_path / "killed" / "checkpoint-3" / "trainer_state.json")
-    kill(process)
-    code, _, err = run("train", recipe, *two, "--resume")
+    for process in processes:
+        process.kill()
+    code, out, err = run("train", recipe, *two, "--resume")
     assert code == 0, err[-9000:]
+    assert "Launching:" in err and "Held-out prompts" in out
     assert same(parameters(tmp_path / "killed"), parameters(tmp_path / "whole"))
 
 

@@ -189,9 +189,7 @@ def test_rewards_given_token_by_token_are_credited_where_they_are(start):
             seen.append((rollout, credit))
             return credit
 
-    make_trainer(
-        Spy, start, 16, reward_funcs=dense, max_steps=1, beta=0.0, baseline="none"
-    ).train()
+    make_trainer(Spy, start, 16, reward_funcs=dense, max_steps=1, beta=0.0, baseline="none").train()
     [(rollout, credit)] = seen
     hits = (rollout.batch["completion_ids"] == 1) * rollout.mask
     assert hits.sum() > 0

@@ -1,13 +1,12 @@
 """Two gloo processes give what one process gives on the same global batch."""
 
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.parity.worker import TRAINERS
+from tests.e2e.forked import Forked, ended, two_ranks
+from tests.parity.worker import TRAINERS, main
 from tests.tiny import save_tiny_llama
 
 pytestmark = pytest.mark.slow
@@ -18,18 +17,15 @@ def model_path(tmp_path_factory) -> str:
     return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
-def trained(name: str, model_path: str, output, group: int, processes: int):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "tests.parity.worker"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    done = subprocess.run(
-        [*command, name, model_path, str(output), str(group)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def started(name: str, model_path: str, output: Path, group: int, processes: int) -> list[Forked]:
+    run = (main, name, model_path, str(output), group)
+    where = {"folder": output.parent, "environment": {"TRL_EXPERIMENTAL_SILENCE": "1"}}
+    return two_ranks(*run, **where) if processes > 1 else [Forked(*run, **where)]
+
+
+def trained(runs: list[Forked], output: Path):
+    for code, _, err in ended(runs):
+        assert code == 0, err[-3000:]
     return torch.load(output)
 
 
@@ -37,8 +33,9 @@ def trained(name: str, model_path: str, output, group: int, processes: int):
 @pytest.mark.parametrize("group", [4, 16])
 @pytest.mark.parametrize("name", TRAINERS)
 def test_two_processes_are_one(name, group, model_path, tmp_path):
-    one = trained(name, model_path, tmp_path / "one", group, 1)
-    two = trained(name, model_path, tmp_path / "two", group, 2)
+    alone = started(name, model_path, tmp_path / "one", group, 1)
+    both = started(name, model_path, tmp_path / "two", group, 2)
+    one, two = trained(alone, tmp_path / "one"), trained(both, tmp_path / "two")
     for ours, theirs in zip(two["history"], one["history"], strict=True):
         assert ours.keys() == theirs.keys()
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)

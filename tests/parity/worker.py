@@ -15,6 +15,8 @@ from peft import LoraConfig
 
 from tests.tiny import QUIET, VOCABULARY, count_a, prompts
 from trl_ext.grpo import GRPOTrainer
+from trl_ext.ppo import PPOTrainer
+from trl_ext.reinforce import ReinforceTrainer
 from trl_ext.rwr import RWRTrainer
 from trl_ext.trl_adapter import PolicyTrainer, end_training
 
@@ -36,6 +38,17 @@ TRAINERS = {
         GRPOTrainer,
         {"beta": 0.1, "kl_estimator": "k1", "kl_controller": "adaptive", "kl_target": 1e-9},
         None,
+    ),
+    "reinforce": (ReinforceTrainer, {"num_iterations": 2, "baseline": "optimal"}, None),
+    "ppo": (
+        PPOTrainer,
+        {"num_iterations": 2, "early_stop_kl": 1e-3, "bootstrap_truncated": True},
+        None,
+    ),
+    "ppo_adapter": (
+        PPOTrainer,
+        {"critic": "adapter", "surrogate": "penalty", "num_iterations": 2},
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
     ),
     "rwr": (RWRTrainer, {"log_kl": True}, None),
     "rwr_fixed": (RWRTrainer, {"reference": "fixed", "beta": 0.5}, None),
@@ -86,6 +99,9 @@ def main(name: str, model: str, output: str, group: int) -> None:
     if trainer.accelerator.is_main_process:
         history = [log for log in trainer.state.log_history if "grad_norm" in log]
         parameters = {n: p.detach() for n, p in trainer.model.named_parameters()}
+        if isinstance(trainer, PPOTrainer):
+            critic = trainer.critic.named_parameters()
+            parameters |= {f"critic.{n}": p.detach() for n, p in critic}
         torch.save({"parameters": parameters, "history": history}, output)
     end_training(trainer)
 

@@ -151,7 +151,7 @@ def test_the_logits_of_all_tokens_never_exist(monkeypatch, of_hidden, of_logits)
     case = Case()
     with LargestTensor() as largest:
         case.gradients(case.of_hidden(of_hidden))
-    assert largest.numel == inevitable < case.mask.sum() * V / 3
+    assert largest.numel == inevitable < case.mask.sum() * V
     with LargestTensor() as largest:
         case.of_logits(of_logits)
     assert largest.numel == B * T * V
@@ -386,7 +386,7 @@ def test_a_head_that_is_trained_whole_beside_an_adapter(llama):
 
 def test_heads_that_cannot_be_read_are_refused(llama):
     model = with_lora(llama, target_modules=["lm_head"])
-    with pytest.raises(ConfigError, match="has an adapter.*Leave lm_head out of target_modules"):
+    with pytest.raises(ConfigError, match=r"has an adapter.*Leave lm_head out of target_modules"):
         Head.of(base_of(model))
     with model.disable_adapter():
         Head.of(base_of(model))

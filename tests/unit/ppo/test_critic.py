@@ -1,0 +1,203 @@
+"""Critics of each make: what they share with the policy, where they begin, how they are kept."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+)
+
+from tests.tiny import QUIET, count_a, prompts, save_tiny_llama
+from trl_ext.errors import ConfigError, RunError
+from trl_ext.ppo import Critic, PPOConfig, PPOTrainer
+from trl_ext.ppo.critic import make_critic
+
+IDS = torch.tensor([[1, 2, 3, 4], [3, 3, 1, 2]])
+LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> str:
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def reward_model(model_path, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("reward")
+    torch.manual_seed(3)
+    model = AutoModelForSequenceClassification.from_pretrained(model_path, num_labels=1)
+    model.config.pad_token_id = 0
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def train(model_path, tmp_path):
+    def run(lora: LoraConfig | None = None, **options) -> PPOTrainer:
+        settings: dict[str, Any] = QUIET | {
+            "per_device_train_batch_size": 8,
+            "num_generations": 1,
+            "max_steps": 2,
+            "learning_rate": 0.01,
+            "critic_learning_rate": 0.01,
+            "seed": 1,
+        }
+        quantization = options.pop("quantization_config", None)
+        resume = options.pop("resume", None)
+        args = PPOConfig(str(tmp_path / "out"), **(settings | options))
+        trainer = PPOTrainer(
+            model_path,
+            count_a,
+            args,
+            prompts(),
+            peft_config=lora,
+            quantization_config=quantization,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    return run
+
+
+def values(critic: Critic, policy=None) -> torch.Tensor:
+    critic.eval()
+    with torch.no_grad():
+        if critic.backbone is not None:
+            return critic(IDS, torch.ones_like(IDS))
+        base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+        assert base is not None
+        base.eval()
+        return critic.of_hidden(base.base_model(IDS).last_hidden_state)
+
+
+MAKES = [("head", None), ("head", LORA), ("adapter", LORA), ("model", None), ("model", LORA)]
+
+
+@pytest.mark.parametrize(("kind", "lora"), MAKES, ids=lambda v: v if isinstance(v, str) else None)
+def test_each_make_learns_is_saved_and_is_the_same_when_read_again(train, tmp_path, kind, lora):
+    trainer = train(lora, critic=kind, save_strategy="steps", save_steps=2)
+    assert (trainer.critic.head.weight != 0).any()
+    trainer.save_model()
+    folder = tmp_path / "out" / "critic"
+    again = Critic.from_pretrained(folder, trainer.model)
+    ours = values(trainer.critic, trainer.model)
+    assert ours.std() > 0
+    torch.testing.assert_close(values(again, trainer.model), ours, rtol=1e-5, atol=1e-6)
+    # Beside the adapter or the model, as itself: nothing of it is in the policy's own files.
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    assert json.loads((checkpoint / "critic" / "critic.json").read_text())["kind"] == kind
+    plain = AutoModelForCausalLM.from_pretrained(trainer.args.output_dir)
+    assert not any("critic" in name for name, _ in plain.named_parameters())
+
+
+@pytest.mark.parametrize(("kind", "lora"), MAKES, ids=lambda v: v if isinstance(v, str) else None)
+@pytest.mark.parametrize("steps", [3, 4], ids=["within a rollout", "between rollouts"])
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(train, tmp_path, kind, lora, steps):
+    options = {"critic": kind, "num_iterations": 2, "save_strategy": "steps", "save_steps": steps}
+    whole = train(lora, max_steps=6, **options)
+    checkpoint = str(tmp_path / "out" / f"checkpoint-{steps}")
+    resumed = train(lora, max_steps=6, resume=checkpoint, **options)
+    for ours, theirs in zip(
+        [*resumed.model.parameters(), *resumed.critic.parameters()],
+        [*whole.model.parameters(), *whole.critic.parameters()],
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_the_critic_adapter_shares_the_policys_frozen_weights(train):
+    trainer = train(LORA, critic="adapter")
+    own = dict(trainer.critic.backbone.named_parameters())
+    shared = {p.data_ptr() for p in trainer.model.parameters()}
+    learnt = {name for name, p in own.items() if p.data_ptr() not in shared}
+    assert learnt and all("lora_" in name for name in learnt)
+    assert all(p.requires_grad == (name in learnt) for name, p in own.items())
+    fresh = make_critic("adapter", trainer.model)
+    assert any(
+        not torch.equal(p, dict(fresh.backbone.named_parameters())[n]) for n, p in own.items()
+    )  # pyright: ignore
+
+
+def test_a_critic_takes_nothing_from_and_gives_nothing_to_the_policys_gradient(train):
+    """Two critics of very different speed, one policy: the values only enter by the advantages."""
+    options = {"max_steps": 1, "critic": "adapter"}
+    slow, fast = (train(LORA, critic_learning_rate=rate, **options) for rate in (1e-6, 0.5))
+    for ours, theirs in zip(slow.model.parameters(), fast.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "LoRA"])
+def test_a_reward_model_begins_a_critic_of_its_own(model_path, reward_model, lora):
+    policy = AutoModelForCausalLM.from_pretrained(model_path)
+    if lora is not None:
+        policy = get_peft_model(policy, LoraConfig(r=2, target_modules=["q_proj"]))
+    critic = make_critic("model", policy, reward_model)
+    judge = AutoModelForSequenceClassification.from_pretrained(reward_model)
+    with torch.no_grad():
+        expected = judge(IDS).logits[:, 0]
+    torch.testing.assert_close(values(critic)[:, -1], expected)
+    head = make_critic("head", policy, reward_model)
+    assert torch.equal(head.head.weight, judge.score.weight)
+
+
+def test_a_reward_adapter_begins_a_critic_adapter(model_path, tmp_path):
+    judge = AutoModelForSequenceClassification.from_pretrained(model_path, num_labels=1)
+    judge.config.pad_token_id = 0
+    lora = LoraConfig(r=3, target_modules=["q_proj"], task_type="SEQ_CLS", init_lora_weights=False)
+    adapted = get_peft_model(judge, lora)
+    adapted.save_pretrained(str(tmp_path))
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(model_path), LORA)
+    critic = make_critic("adapter", policy, str(tmp_path))
+    with torch.no_grad():
+        expected = adapted.eval()(IDS).logits[:, 0]
+    torch.testing.assert_close(values(critic)[:, -1], expected)
+
+
+def test_an_earlier_critic_begins_the_next(train, tmp_path):
+    trainer = train(critic="head")
+    trainer.critic.save(tmp_path / "kept")
+    again = make_critic("head", trainer.model, str(tmp_path / "kept"))
+    assert torch.equal(again.head.weight, trainer.critic.head.weight)
+
+
+def test_qlora_policy_and_critic(train):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    for kind in ("head", "adapter", "model"):
+        lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+        trainer = train(lora, critic=kind, quantization_config=quantization)
+        assert (trainer.critic.head.weight != 0).any()
+        # A LoRA B of zeros would be one that no gradient has reached.
+        assert all((p != 0).any() for p in trainer.critic.trained())
+        if kind != "head":
+            assert any("4bit" in type(m).__name__ for m in trainer.critic.modules())
+
+
+def test_gradient_checkpointing_changes_nothing(train):
+    runs = [
+        train(LORA, critic="adapter", gradient_checkpointing=on, max_steps=2)
+        for on in (True, False)
+    ]
+    for ours, theirs in zip(*(run.critic.parameters() for run in runs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_what_does_not_go_together_is_said(model_path, tmp_path, reward_model):
+    policy = AutoModelForCausalLM.from_pretrained(model_path)
+    with pytest.raises(ConfigError, match=r"critic='adapter' shares the policy's frozen weights"):
+        make_critic("adapter", policy)
+    with pytest.raises(ConfigError, match=r"'no/such' cannot be opened"):
+        make_critic("model", policy, "no/such")
+    with pytest.raises(ConfigError, match="neither a reward model nor a critic"):
+        make_critic("head", policy, model_path)
+    with pytest.raises(RunError, match="holds no critic"):
+        Critic.from_pretrained(tmp_path)
+    critic = make_critic("head", policy)
+    critic.save(tmp_path / "head")
+    with pytest.raises(RunError, match="of kind 'head' for 16 hidden units; this one is of kind"):
+        make_critic("model", policy).load(Path(tmp_path / "head"))

@@ -1,0 +1,168 @@
+"""What PPO does with a rollout: rewards, advantages, steps, and options that do not go together."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from tests.tiny import QUIET, count_a, prompts, save_tiny_llama
+from trl_ext.errors import ConfigError, RunError
+from trl_ext.ppo import PPOConfig, PPOTrainer
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> str:
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+class Spy(PPOTrainer):
+    """Keeps each rollout and its credit."""
+
+    def assign_credit(self, rollout):
+        credit = super().assign_credit(rollout)
+        self.seen = [*getattr(self, "seen", []), (rollout, credit)]
+        return credit
+
+
+class KeepWeights(TrainerCallback):
+    """The first parameter after every step."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        assert model is not None
+        self.weights.append(next(model.parameters()).detach().clone())
+
+
+@pytest.fixture
+def make(model_path, tmp_path):
+    def build(reward=count_a, callbacks=None, **options) -> Spy:
+        settings: dict[str, Any] = QUIET | {
+            "per_device_train_batch_size": 8,
+            "num_generations": 1,
+            "max_steps": 1,
+        }
+        args = PPOConfig(str(tmp_path / "out"), **(settings | options))
+        return Spy(model_path, reward, args, prompts(), callbacks=callbacks)
+
+    return build
+
+
+def test_advantages_have_mean_0_and_deviation_1_over_tokens(make):
+    trainer = make(beta=0.0)
+    trainer.train()
+    [(rollout, credit)] = trainer.seen
+    kept = credit[rollout.mask.bool()]
+    assert kept.mean().abs() < 1e-5
+    assert kept.std(unbiased=False).item() == pytest.approx(1.0, rel=1e-4)
+    assert (credit[~rollout.mask.bool()] == 0).all()
+
+
+def test_without_whitening_and_with_a_critic_that_says_0_credit_is_the_discounted_return(make):
+    gamma, lam = 0.9, 0.8
+    trainer = make(beta=0.0, whiten_advantages=False, gamma=gamma, lam=lam)
+    trainer.train()
+    [(rollout, credit)] = trainer.seen
+    lengths = rollout.mask.sum(1)
+    for row, length in enumerate(lengths.tolist()):
+        reward = rollout.rewards_PG[row, 0].item()
+        expected = [reward * (gamma * lam) ** (length - 1 - t) for t in range(length)]
+        assert credit[row, :length].tolist() == pytest.approx(expected, abs=1e-6)
+        targets = rollout.batch["returns"][row, :length].tolist()
+        assert targets == pytest.approx(
+            [reward * gamma ** (length - 1 - t) for t in range(length)], abs=1e-6
+        ), "critic_lam=1: Monte Carlo"
+
+
+@pytest.mark.parametrize("bootstrap", [True, False])
+def test_a_truncated_completion_is_worth_what_the_critic_says_would_follow(make, bootstrap):
+    trainer = make(
+        lambda completions, **_: [1.0] * len(completions),
+        beta=0.0,
+        bootstrap_truncated=bootstrap,
+        critic_lam=0.0,
+        whiten_advantages=False,
+    )
+    with torch.no_grad():
+        trainer.critic.head.bias.fill_(7.0)
+    trainer.train()
+    [(rollout, _)] = trainer.seen
+    ids, returns = rollout.batch["completion_ids"], rollout.batch["returns"]
+    ended = (ids == 0).any(1)
+    assert ended.any() and not ended.all()
+    for row in range(len(ids)):
+        last = int(rollout.mask[row].sum()) - 1
+        cut_off = bootstrap and not ended[row]
+        assert returns[row, last].item() == pytest.approx(7.0 if cut_off else 1.0)
+        assert returns[row, :last].tolist() == pytest.approx([7.0] * last)
+
+
+def test_early_stop_takes_no_step_once_the_policy_has_left_the_old_one(make):
+    """The first of five steps on a rollout finds a KL of 0, the second one that is too large."""
+    keep = KeepWeights()
+    trainer = make(
+        callbacks=[keep], num_iterations=5, max_steps=10, learning_rate=0.1, early_stop_kl=1e-6
+    )
+    trainer.train()
+    moved = [not torch.equal(*pair) for pair in zip(keep.weights, keep.weights[1:], strict=False)]
+    assert moved == [False] * 4 + [True] + [False] * 4
+    assert len(trainer.seen) == 2
+
+
+@pytest.mark.parametrize(("target", "factor"), [(1e-9, 2.0), (1e9, 0.5)])
+def test_the_penalty_coefficient_doubles_or_halves(make, target, factor):
+    trainer = make(
+        surrogate="penalty",
+        old_kl_target=target,
+        num_iterations=2,
+        max_steps=6,
+        learning_rate=0.05,
+    )
+    trainer.train()
+    assert trainer.old_kl.beta == factor**2, "two rollouts were heard of before the third"
+
+
+def test_the_unscored_train_neither_policy_nor_critic(make):
+    trainer = make(lambda completions, **_: [None] * len(completions), beta=0.0)
+    trainer.train()
+    [(_, credit)] = trainer.seen
+    assert (credit == 0).all()
+    assert (trainer.critic.head.weight == 0).all()
+
+
+def test_a_critic_that_diverges_stops_the_run_by_name(make):
+    trainer = make(max_steps=2)
+    with torch.no_grad():
+        trainer.critic.head.bias.fill_(torch.inf)
+    with pytest.raises(RunError, match="critic's gradient in step 1 is not finite"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"lam": 1.5}, r"lam=1.5 must be between 0 and 1"),
+        ({"gamma": -0.1}, r"gamma=-0.1 must be between 0 and 1"),
+        ({"critic_lam": 2.0}, "critic_lam=2.0 must be between 0 and 1"),
+        ({"critic": "lora"}, "critic='lora' must be one of head, adapter, model"),
+        ({"surrogate": "trpo"}, "surrogate='trpo' must be one of clip, penalty"),
+        ({"value_clip": 0.0}, "value_clip=0.0 must be greater than 0"),
+        ({"critic_learning_rate": -1.0}, "critic_learning_rate=-1.0 must be greater than 0"),
+        ({"early_stop_kl": 0.1}, "early_stop_kl=0.1 does nothing with one step a rollout"),
+        ({"surrogate": "penalty"}, "surrogate='penalty' does nothing with one step a rollout"),
+        ({"loss_type": "sapo"}, "loss_type='sapo' must be one of dr_grpo, luspo"),
+        ({"scale_rewards": "batch"}, "scale_rewards='batch' does nothing here"),
+        ({"kl_estimator": "k3"}, "k3 in the reward"),
+        ({"whiten_advantages": 1}, "whiten_advantages=1 is a int; it must be True or False"),
+    ],
+)
+def test_bad_options(tmp_path, options, says):
+    with pytest.raises(ConfigError, match=says):
+        PPOConfig(str(tmp_path), **(QUIET | options))
+
+
+def test_several_findings_are_told_at_once(tmp_path):
+    with pytest.raises(ConfigError, match=r"(?s)gamma=2.*lam=3"):
+        PPOConfig(str(tmp_path), **(QUIET | {"gamma": 2.0, "lam": 3.0}))
