@@ -26,7 +26,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # Imported once, before any fork; what is missing here is only slower.
 PRELOADED = [
     "tests.e2e.forked",
-    "tests.parity.worker",
     "trl_ext.launch",
     "trl_ext.grpo.trainer",
     "trl_ext.rwr.trainer",

@@ -1,5 +1,7 @@
 """PPO judged by enumeration: its critic against exact values, its fixed point against π*."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -50,7 +52,11 @@ def error_of_values(values: torch.Tensor, exact: torch.Tensor, policy) -> float:
     return (weights * (values - exact).square()).sum().div(weights.sum()).sqrt().item()
 
 
-CRITIC_ONLY = {"learning_rate": 0.0, "critic_learning_rate": 0.1, "lr_scheduler_type": "linear"}
+CRITIC_ONLY: dict[str, Any] = {
+    "learning_rate": 0.0,
+    "critic_learning_rate": 0.1,
+    "lr_scheduler_type": "linear",
+}
 
 
 @pytest.mark.equation("E39", "E41")
@@ -133,7 +139,7 @@ def test_ppo_comes_to_the_gibbs_policy_and_its_critic_to_the_soft_values(start, 
 
     At π* a state's value is β log E_ref[exp(r/β) | prefix] (Equation E23).
     """
-    settings = {
+    settings: dict[str, Any] = {
         "beta": BETA,
         "num_iterations": 2,
         "max_steps": 600,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
@@ -125,11 +126,7 @@ class Critic(nn.Module):
                     f"{folder} is an adapter of {about['base']!r}: give that model as `policy`."
                 )
             lora = LoraConfig.from_pretrained(str(folder / ADAPTER))
-            below = (
-                AutoModel.from_pretrained(about["base"])
-                if policy is None
-                else shared_backbone(policy)
-            )
+            below = _opened(about["base"])[0] if policy is None else shared_backbone(policy)
             backbone = get_peft_model(below, lora)  # pyright: ignore[reportArgumentType]
         critic = cls(about["kind"], about["hidden_size"], backbone, about["base"])
         critic.load(folder)
@@ -241,19 +238,8 @@ class _Start:
             path = str(below) if below.is_dir() else read_about(Path(self.path))["base"]
         elif self.is_adapter and self.path:
             path = LoraConfig.from_pretrained(self.path).base_model_name_or_path or base
-        try:
-            if _is_classifier(path):
-                model = AutoModelForSequenceClassification.from_pretrained(
-                    path, num_labels=1, **loading
-                )
-                self._head = _head_of(model.state_dict())
-                return model.base_model
-            return AutoModel.from_pretrained(path, **loading)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"critic_model_name_or_path: {path!r} cannot be opened: "
-                f"{str(error).strip().splitlines()[0]}"
-            ) from error
+        backbone, self._head = _opened(path, **loading)
+        return backbone
 
     def fill(self, critic: Critic) -> None:
         """Give the critic the head and the adapter that it begins with."""
@@ -273,9 +259,8 @@ class _Start:
                     if "lora_" in name
                 }
                 set_peft_model_state_dict(critic.backbone, inner)
-        elif self._head is None and _is_classifier(self.path):
-            model = AutoModelForSequenceClassification.from_pretrained(self.path, num_labels=1)
-            self._head = _head_of(model.state_dict())
+        elif self._head is None and critic.kind != "model":
+            self._head = _opened(self.path)[1]
         if self._head is None:
             if critic.kind == "model":
                 return
@@ -295,15 +280,27 @@ class _Start:
         )
 
 
-def _is_classifier(path: str) -> bool:
+def _opened(path: str, **loading: Any) -> tuple[PreTrainedModel, dict[str, Tensor] | None]:
+    """The backbone of any model, and the head if it is a sequence classifier.
+
+    Raises:
+        ConfigError: if there is no such model.
+    """
     try:
-        architectures = AutoConfig.from_pretrained(path).architectures or []
+        [architecture, *_] = AutoConfig.from_pretrained(path).architectures or [""]
+        if architecture.endswith("ForSequenceClassification"):
+            model = AutoModelForSequenceClassification.from_pretrained(
+                path, num_labels=1, **loading
+            )
+            return model.base_model, _head_of(model.state_dict())
+        # A causal model read without its head would be reported as half read.
+        reader = AutoModelForCausalLM if architecture.endswith("ForCausalLM") else AutoModel
+        return cast(PreTrainedModel, reader.from_pretrained(path, **loading).base_model), None
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"critic_model_name_or_path: {path!r} cannot be opened: "
             f"{str(error).strip().splitlines()[0]}"
         ) from error
-    return any(name.endswith("ForSequenceClassification") for name in architectures)
 
 
 def _head_of(weights: dict[str, Tensor]) -> dict[str, Tensor] | None:

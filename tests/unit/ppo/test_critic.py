@@ -13,7 +13,7 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
-from tests.tiny import QUIET, count_a, prompts, save_tiny_llama
+from tests.tiny import QUIET, prompts, save_tiny_llama
 from trl_ext.errors import ConfigError, RunError
 from trl_ext.ppo import Critic, PPOConfig, PPOTrainer
 from trl_ext.ppo.critic import make_critic
@@ -53,7 +53,7 @@ def train(model_path, tmp_path):
         args = PPOConfig(str(tmp_path / "out"), **(settings | options))
         trainer = PPOTrainer(
             model_path,
-            count_a,
+            shortness,
             args,
             prompts(),
             peft_config=lora,
@@ -65,13 +65,17 @@ def train(model_path, tmp_path):
     return run
 
 
-def values(critic: Critic, policy=None) -> torch.Tensor:
+def shortness(completions: list[str], **kwargs) -> list[float]:
+    """Reward: never the same for all, and hardly ever 0."""
+    return [1.0 - len(completion) / 5 for completion in completions]
+
+
+def values(critic: Critic, policy: Any = None) -> torch.Tensor:
     critic.eval()
     with torch.no_grad():
         if critic.backbone is not None:
             return critic(IDS, torch.ones_like(IDS))
         base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
-        assert base is not None
         base.eval()
         return critic.of_hidden(base.base_model(IDS).last_hidden_state)
 
@@ -113,15 +117,12 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(train, tmp_path, kind, l
 
 def test_the_critic_adapter_shares_the_policys_frozen_weights(train):
     trainer = train(LORA, critic="adapter")
+    assert trainer.critic.backbone is not None
     own = dict(trainer.critic.backbone.named_parameters())
     shared = {p.data_ptr() for p in trainer.model.parameters()}
     learnt = {name for name, p in own.items() if p.data_ptr() not in shared}
     assert learnt and all("lora_" in name for name in learnt)
     assert all(p.requires_grad == (name in learnt) for name, p in own.items())
-    fresh = make_critic("adapter", trainer.model)
-    assert any(
-        not torch.equal(p, dict(fresh.backbone.named_parameters())[n]) for n, p in own.items()
-    )  # pyright: ignore
 
 
 def test_a_critic_takes_nothing_from_and_gives_nothing_to_the_policys_gradient(train):
@@ -159,11 +160,15 @@ def test_a_reward_adapter_begins_a_critic_adapter(model_path, tmp_path):
     torch.testing.assert_close(values(critic)[:, -1], expected)
 
 
-def test_an_earlier_critic_begins_the_next(train, tmp_path):
-    trainer = train(critic="head")
+@pytest.mark.parametrize(("kind", "lora"), MAKES, ids=lambda v: v if isinstance(v, str) else None)
+def test_an_earlier_critic_begins_the_next(train, tmp_path, kind, lora):
+    trainer = train(lora, critic=kind)
     trainer.critic.save(tmp_path / "kept")
-    again = make_critic("head", trainer.model, str(tmp_path / "kept"))
-    assert torch.equal(again.head.weight, trainer.critic.head.weight)
+    again = make_critic(kind, trainer.model, str(tmp_path / "kept"))
+    assert (trainer.critic.head.weight != 0).any()
+    torch.testing.assert_close(
+        values(again, trainer.model), values(trainer.critic, trainer.model), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_qlora_policy_and_critic(train):

@@ -1,5 +1,6 @@
 """What PPO does with a rollout: rewards, advantages, steps, and options that do not go together."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -85,8 +86,18 @@ def test_a_truncated_completion_is_worth_what_the_critic_says_would_follow(make,
         critic_lam=0.0,
         whiten_advantages=False,
     )
-    with torch.no_grad():
-        trainer.critic.head.bias.fill_(7.0)
+    torch.nn.init.normal_(trainer.critic.head.weight)
+    base = trainer.model.model
+
+    def value(row: int, tokens: int) -> float:
+        """Of the state after so many tokens, each completion alone, without padding."""
+        batch = rollout.batch
+        ids = [batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]]
+        ids = torch.cat([*ids, batch["completion_ids"][row, :tokens]])[None]
+        with torch.no_grad():
+            return head(before(input_ids=ids).last_hidden_state[0, -1]).item()
+
+    before, head = copy.deepcopy(base), copy.deepcopy(trainer.critic.head)
     trainer.train()
     [(rollout, _)] = trainer.seen
     ids, returns = rollout.batch["completion_ids"], rollout.batch["returns"]
@@ -95,8 +106,22 @@ def test_a_truncated_completion_is_worth_what_the_critic_says_would_follow(make,
     for row in range(len(ids)):
         last = int(rollout.mask[row].sum()) - 1
         cut_off = bootstrap and not ended[row]
-        assert returns[row, last].item() == pytest.approx(7.0 if cut_off else 1.0)
-        assert returns[row, :last].tolist() == pytest.approx([7.0] * last)
+        expected = [value(row, t + 1) for t in range(last)]
+        expected.append(value(row, last + 1) if cut_off else 1.0)
+        assert returns[row, : last + 1].tolist() == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_the_values_do_not_train_the_policy_below_them(make):
+    """Other targets, the same advantages: one step takes the policy to the same place."""
+    policies = []
+    for lam in (0.0, 1.0):
+        trainer = make(beta=0.0, critic_lam=lam)
+        torch.manual_seed(0)
+        torch.nn.init.normal_(trainer.critic.head.weight)
+        trainer.train()
+        policies.append([p.detach().clone() for p in trainer.model.parameters()])
+    for ours, theirs in zip(*policies, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_early_stop_takes_no_step_once_the_policy_has_left_the_old_one(make):
@@ -164,5 +189,6 @@ def test_bad_options(tmp_path, options, says):
 
 
 def test_several_findings_are_told_at_once(tmp_path):
+    wrong: dict[str, Any] = QUIET | {"gamma": 2.0, "lam": 3.0}
     with pytest.raises(ConfigError, match=r"(?s)gamma=2.*lam=3"):
-        PPOConfig(str(tmp_path), **(QUIET | {"gamma": 2.0, "lam": 3.0}))
+        PPOConfig(str(tmp_path), **wrong)
