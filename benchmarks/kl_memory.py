@@ -16,6 +16,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -46,6 +47,9 @@ SAMPLED, EXACT, WHOLE, TOPK, NAIVE = (
     "top 64",
     "naive full logits",
 )
+# Tensors above 1 MiB go back to the system when freed: else the mark depends on how the heap is
+# fragmented, by hundreds of MB from run to run.
+CHILD = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 CASES = (SAMPLED, EXACT, WHOLE, TOPK, NAIVE)
 BATCH, BETA, TEMPERATURE, K = 8, 0.04, 1.0, 64
 
@@ -184,7 +188,7 @@ def _status(field: str) -> int:
 def _in_a_fresh_process(case: str, workload: tuple[str, int, int], layers: int) -> dict[str, float]:
     asked = json.dumps([case, workload, layers])
     command = [sys.executable, __file__, "--one", asked]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=CHILD)
     return json.loads(run.stdout.splitlines()[-1])
 
 

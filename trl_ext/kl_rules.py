@@ -7,7 +7,9 @@ and a contract test holds the two together. Plain data: nothing is imported to c
 from collections.abc import Mapping
 from typing import Any
 
-PLACEMENTS = ("loss", "reward", "none")
+PLACEMENTS = ("loss", "reward", "both", "none")
+# Estimators that look at the whole vocabulary at each prefix, and not at the sampled token alone.
+OVER_THE_VOCABULARY = ("exact", "topk")
 CONTROLLERS = ("constant", "adaptive", "proportional")
 
 # (estimator, placement, importance ratio) -> what its expected gradient is, on-policy. "whole":
@@ -18,6 +20,8 @@ GRADIENTS = {
     ("k2", "loss", False): "per step",
     ("k2", "loss", True): "per step",
     ("k3", "loss", True): "per step",
+    ("exact", "loss", False): "per step",
+    ("exact", "both", False): "whole",
 }
 # The others: why not, and what to do instead.
 UNSOUND = {
@@ -36,6 +40,15 @@ UNSOUND = {
     ("k3", "reward", False): (
         "as a reward it loses each step's own part, which only k1 carries",
         "kl_estimator: k1, or kl_placement: loss with kl_is_correction: true",
+    ),
+    ("exact", "reward", False): (
+        "as a reward it carries what follows a token, and each step's own part is lost",
+        "kl_placement: both, which differentiates that part",
+    ),
+    ("topk", "loss", False): (
+        "it is the KL with all but the likeliest tokens merged, a lower bound, and so is its "
+        "gradient",
+        "kl_estimator: exact, which takes as long",
     ),
 }
 
@@ -60,6 +73,22 @@ def kl_findings(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _soundness(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     estimator, placement = values["kl_estimator"], values["kl_placement"]
     corrected = values["kl_is_correction"]
+    if placement == "both" and estimator not in OVER_THE_VOCABULARY:
+        return [
+            (
+                "kl_placement",
+                f"both is for kl_estimator: exact; {estimator} in the reward carries a step's own "
+                "part already. Use kl_placement: reward.",
+            )
+        ]
+    if estimator in OVER_THE_VOCABULARY and corrected:
+        return [
+            (
+                "kl_is_correction",
+                f"{estimator} is an expectation over the token, so that its ratio would only add "
+                "variance. Set it to false.",
+            )
+        ]
     if placement == "reward" and corrected:
         return [
             (
@@ -70,7 +99,8 @@ def _soundness(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         ]
     if (estimator, placement, corrected) in GRADIENTS or values["allow_biased_kl"]:
         return []
-    combination = f"{estimator} in the {placement}{', corrected' if corrected else ''}"
+    where = "reward and the loss" if placement == "both" else placement
+    combination = f"{estimator} in the {where}{', corrected' if corrected else ''}"
     unknown = (
         "nothing is known of its gradient",
         f"`trl_ext kl-table --method {estimator} --placement {placement}` to see what it does",
@@ -88,7 +118,7 @@ def _soundness(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _numbers(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         (name, f"got {values[name]!r}; it must be greater than 0, or null.")
-        for name in ("kl_clamp", "kl_target", "kl_horizon")
+        for name in ("kl_clamp", "kl_target", "kl_horizon", "kl_topk")
         if values[name] is not None and not values[name] > 0
     ]
 

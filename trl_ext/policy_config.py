@@ -39,10 +39,13 @@ class PolicyConfig(TRLGRPOConfig):
             metrics.
         reward_timeout: seconds after which one call of a reward function on a batch is an error
             that names it. None waits for ever.
-        kl_estimator: k1, k2, k3 (Equation E28), or a registered name.
+        kl_estimator: k1, k2, k3 (Equation E28) from the sampled tokens, "exact" (Equation E27) and
+            "topk" from the whole vocabulary at each of them, or a registered name.
         kl_placement: "loss" differentiates the penalty, summed up as the surrogate is; "reward"
             takes it from the reward of its token, so that reward-to-go carries it to earlier ones;
+            "both", for exact: what follows a token by its reward, its own part in the loss;
             "none" only logs the KL.
+        kl_topk: tokens that "topk" counts one by one.
         kl_is_correction: in the loss, times the importance ratio, so that the expected gradient is
             right (Equation E29).
         kl_clamp: the estimate of a token stays within ± this, nats. None clamps nothing: a clamp
@@ -67,11 +70,14 @@ class PolicyConfig(TRLGRPOConfig):
         },
     )
     kl_estimator: str = field(
-        default="k3", metadata={"help": "Estimator of the KL: k1, k2, k3 or a registered name."}
+        default="k3",
+        metadata={"help": "Estimator of the KL: k1, k2, k3, exact, topk or a registered name."},
     )
-    kl_placement: Literal["loss", "reward", "none"] = field(
+    kl_placement: Literal["loss", "reward", "both", "none"] = field(
         default="loss",
-        metadata={"help": "Penalise the KL in the loss or in the reward, or only log it (none)."},
+        metadata={
+            "help": "Penalise the KL in the loss, the reward or both, or only log it (none)."
+        },
     )
     kl_is_correction: bool = field(
         default=True,
@@ -79,6 +85,9 @@ class PolicyConfig(TRLGRPOConfig):
     )
     kl_clamp: float | None = field(
         default=None, metadata={"help": "Clamp the estimate of a token to +- this, in nats."}
+    )
+    kl_topk: int = field(
+        default=64, metadata={"help": "Tokens that the estimator topk counts one by one."}
     )
     kl_controller: Literal["constant", "adaptive", "proportional"] = field(
         default="constant", metadata={"help": "How beta follows the KL."}
@@ -216,15 +225,21 @@ class PolicyGradientConfig(OwnLossConfig):
         default=0.05, metadata={"help": "KL coefficient, in reward units. 0 loads no reference."}
     )
     kl_estimator: str = field(
-        default="k1", metadata={"help": "Estimator of the KL: k1, k2, k3 or a registered name."}
+        default="k1",
+        metadata={"help": "Estimator of the KL: k1, k2, k3, exact, topk or a registered name."},
     )
-    kl_placement: Literal["loss", "reward", "none"] = field(
+    kl_placement: Literal["loss", "reward", "both", "none"] = field(
         default="reward",
-        metadata={"help": "Penalise the KL in the loss or in the reward, or only log it (none)."},
+        metadata={
+            "help": "Penalise the KL in the loss, the reward or both, or only log it (none)."
+        },
     )
     kl_is_correction: bool = field(
         default=False,
         metadata={"help": "Multiply a penalty in the loss by the importance ratio."},
+    )
+    num_generations: int | None = field(
+        default=8, metadata={"help": "Completions of a prompt, 1 or more.", "least": 1}
     )
     gamma: float = field(default=1.0, metadata={"help": "Discount a token, between 0 and 1."})
     loss_type: Literal["dr_grpo", "luspo", "grpo", "bnpo", "dapo"] = field(

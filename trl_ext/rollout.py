@@ -77,3 +77,9 @@ class MicroBatch:
 def generated(batch: Mapping[str, Any]) -> Tensor:
     """(B, T), 1 = a token that the policy generated."""
     return batch["completion_mask"] * batch.get("tool_mask", 1)
+
+
+def whole(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """(B, S) prompts with their completions, and which of it is no padding."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)

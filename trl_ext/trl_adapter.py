@@ -9,7 +9,7 @@ it is `trl.GRPOTrainer`, number for number.
 import math
 import os
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -21,16 +21,28 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerState
 from trl import GRPOTrainer as TRLGRPOTrainer
+from trl.trainer.utils import use_adapter
 
 from trl_ext.bundled import resolve_model
 from trl_ext.errors import ConfigError, DataError, RunError
-from trl_ext.functional import TokenAggregation, aggregate_tokens, masked_sum, reward_to_go
+from trl_ext.functional import (
+    TokenAggregation,
+    aggregate_tokens,
+    masked_sum,
+    next_values,
+    reward_to_go,
+)
 from trl_ext.kl_penalty import KLController, group_centred, penalty_of
 from trl_ext.policy_config import PolicyConfig
 from trl_ext.rewards.guard import guarded
-from trl_ext.rollout import MicroBatch, Rollout, generated
+from trl_ext.rollout import MicroBatch, Rollout, generated, whole
 from trl_ext.tasks.columns import check_prompt_only
-from trl_ext.vocabulary_kl import hidden_states_of
+from trl_ext.vocabulary_kl import (
+    Head,
+    exact_kl_of_hidden,
+    hidden_states_of,
+    topk_kl_of_hidden,
+)
 
 # What TRL's rollouts carry for models that read images, and its log-probability method takes.
 _MULTIMODAL_INPUTS = (
@@ -116,6 +128,10 @@ class PolicyTrainer(TRLGRPOTrainer):
         self.args.use_bias_correction_kl = args.kl_is_correction
         self._stop_at(args.stop_strings or [])
         keep_nf4_gradients_on_cpu(self.model)
+        self.set_up()
+
+    def set_up(self) -> None:
+        """What a trainer adds to itself, once TRL's is built. TRL: nothing."""
 
     def uses_reference(self, args: PolicyConfig) -> bool:
         """Whether the reference model is loaded and scores every rollout. TRL: if β is not 0.
@@ -123,6 +139,11 @@ class PolicyTrainer(TRLGRPOTrainer):
         Asked only of a trainer with a `policy_loss` of its own.
         """
         return args.beta != 0.0
+
+    @property
+    def reads_ref_logps(self) -> bool:
+        """Whether `ref_per_token_logps` is wanted beside a KL over the vocabulary."""
+        return False
 
     def score_completions(self, score_once: Callable[[], Tensor]) -> Tensor:
         """Rewards (P·G, number of reward functions) over all processes, NaN for not applicable."""
@@ -187,11 +208,76 @@ class PolicyTrainer(TRLGRPOTrainer):
             of_all = of_all.masked_fill(unfinished, 0.0)
         rewards = rewards + rollout.last_tokens * of_all[:, None]
         if self._penalises("reward"):
-            per_token = self._penalty.value(
-                self.sampler_logps(rollout), rollout.batch["ref_per_token_logps"]
-            )
-            rewards = rewards - self._controller.beta * per_token
+            rewards = rewards - self._controller.beta * self._kl_of_rollout(rollout)
         return rewards * rollout.mask
+
+    def _kl_of_rollout(self, rollout: Rollout) -> Tensor:
+        """(B, T) nats: what a KL penalty in the reward takes from each token's."""
+        if self._penalty is not None:
+            logps = self.sampler_logps(rollout)
+            return self._penalty.value(logps, rollout.batch["ref_per_token_logps"])
+        per_prefix = self._vocabulary_kl_of_rollout(rollout)
+        if self.args.kl_placement != "both":
+            return per_prefix
+        # A token is charged for the prefix that it leads to: its own step is differentiated.
+        end = per_prefix.new_zeros(len(per_prefix))
+        return next_values(per_prefix, rollout.mask.bool(), end)
+
+    def _vocabulary_kl_of_rollout(self, rollout: Rollout) -> Tensor:
+        batch, rows = rollout.batch, self.args.per_device_train_batch_size
+        ids, attended = whole(batch)
+        found = []
+        with torch.no_grad():
+            for start in range(0, len(ids), rows):
+                part = slice(start, start + rows)
+                hidden = self._hidden(self._causal_lm, ids[part], attended[part])
+                found.append(
+                    self._vocabulary_kl(hidden, ids[part], attended[part], rollout.mask[part])
+                )
+        return torch.cat(found)
+
+    def _hidden(self, model: PreTrainedModel, ids: Tensor, attended: Tensor) -> Tensor:
+        backbone: Any = model.base_model
+        with self.accelerator.autocast():
+            return backbone(ids, attention_mask=attended, use_cache=False).last_hidden_state
+
+    def _vocabulary_kl(self, hidden: Tensor, ids: Tensor, attended: Tensor, mask: Tensor) -> Tensor:
+        """(b, T) KL(π‖π_ref) over the vocabulary at each prefix, nats, with hidden's gradient.
+
+        Args:
+            hidden: (b, S, H) of the policy.
+            ids, attended: (b, S) what it read.
+            mask: (b, T) of the completion's tokens.
+        """
+        with torch.no_grad(), self._as_reference() as reference:
+            ref_hidden = self._hidden(reference, ids, attended)
+            ref_head = Head.of(reference)
+        at = slice(-mask.size(1) - 1, -1)
+        of_hidden = (
+            exact_kl_of_hidden
+            if self.args.kl_estimator == "exact"
+            else partial(topk_kl_of_hidden, k=self.args.kl_topk)
+        )
+        kl = of_hidden(
+            hidden[:, at],
+            Head.of(self._causal_lm),
+            ref_hidden[:, at],
+            ref_head,
+            temperature=self.temperature,
+            mask=mask,
+        )
+        limit = self.args.kl_clamp
+        return kl if limit is None else kl.clamp(-limit, limit)
+
+    @contextmanager
+    def _as_reference(self):
+        """The transformers model of the reference: TRL's, or the policy without its adapter."""
+        if self.ref_model is not None:
+            yield self.accelerator.unwrap_model(self.ref_model)
+        else:
+            adapter = "ref" if "ref" in self.model.peft_config else None
+            with use_adapter(self.model, adapter_name=adapter):
+                yield self._causal_lm
 
     def _dense_rewards(self, rollout: Rollout) -> Tensor:
         """(B, T) weighted sum of the rewards that were given token by token."""
@@ -255,8 +341,7 @@ class PolicyTrainer(TRLGRPOTrainer):
         with torch.no_grad():
             self._sampled, _, _ = self._get_per_token_logps_and_entropies(
                 self.model,
-                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                *whole(batch),
                 batch["completion_ids"].size(1),
                 batch_size=self.args.per_device_train_batch_size,
                 **{name: batch[name] for name in _MULTIMODAL_INPUTS if name in batch},
@@ -279,7 +364,10 @@ class PolicyTrainer(TRLGRPOTrainer):
             self._adapt_beta(len(inputs) * self.accelerator.num_processes)
             self._rollout_is_spent = False
         self._scored = []
-        batch = super()._generate_and_score_completions(inputs)
+        # A KL over the vocabulary runs the reference itself, where it has the policy's states.
+        unused = self._penalty is None and not self.reads_ref_logps
+        with self._without_trl_kl() if unused else nullcontext():
+            batch = super()._generate_and_score_completions(inputs)
         first = self.accelerator.process_index * len(inputs)
         local_rows = slice(first, first + len(inputs))
         rollout = Rollout(self._summed_rewards().view(-1, self.group_size), batch, local_rows)
@@ -318,18 +406,25 @@ class PolicyTrainer(TRLGRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         self._scored = []
-        if self._replaces_loss:
-            loss = self._own_loss(model, inputs)
-        elif self._trl_penalises:
-            loss = super()._compute_loss(model, inputs)
-        else:
-            with self._without_trl_kl():
+        over_vocabulary = self._penalty is None and self.beta != 0.0
+        with hidden_states_of(self._causal_lm) if over_vocabulary else nullcontext([]) as passes:
+            if self._replaces_loss:
+                loss = self._own_loss(model, inputs)
+            elif self._trl_penalises:
                 loss = super()._compute_loss(model, inputs)
+            else:
+                with self._without_trl_kl():
+                    loss = super()._compute_loss(model, inputs)
         [(logps, _)] = self._scored
         self._scored = []
+        kl = None
+        if over_vocabulary:
+            hidden = passes[-1] if self._penalises("loss") else passes[-1].detach()
+            kl = self._vocabulary_kl(hidden, *whole(inputs), generated(inputs))
         if self._penalises("loss") and (self._replaces_loss or not self._trl_penalises):
-            loss = loss + self._controller.beta * self._kl_in_loss(logps, inputs)
-        self._hear_kl(logps, inputs)
+            per_token = self._penalty_in_loss(logps, inputs) if kl is None else kl
+            loss = loss + self._controller.beta * self._added_up(per_token, inputs)
+        self._hear_kl(logps, inputs, kl)
         return loss
 
     def _own_loss(self, model, inputs):
@@ -349,12 +444,12 @@ class PolicyTrainer(TRLGRPOTrainer):
             self._added_up(loss, inputs) if loss.dim() == 2 else loss / self._accumulated
         )
 
-    def _kl_in_loss(self, logps: Tensor, inputs) -> Tensor:
-        """β's factor in the loss."""
-        per_token = self._penalty.in_loss(
+    def _penalty_in_loss(self, logps: Tensor, inputs) -> Tensor:
+        """(B, T) β's factor in the loss, from the sampled tokens."""
+        assert self._penalty is not None
+        return self._penalty.in_loss(
             logps, inputs["ref_per_token_logps"], inputs.get("old_per_token_logps")
         )
-        return self._added_up(per_token, inputs)
 
     def _added_up(self, per_token: Tensor, inputs) -> Tensor:
         """A loss (B, T) summed up over tokens as TRL does for its loss type."""
@@ -369,13 +464,14 @@ class PolicyTrainer(TRLGRPOTrainer):
         length = self.max_completion_length if how == "fixed length" else None
         return aggregate_tokens(per_token, mask, how, count=length) / self._accumulated
 
-    def _hear_kl(self, logps: Tensor, inputs) -> None:
+    def _hear_kl(self, logps: Tensor, inputs, per_token: Tensor | None) -> None:
         """Log the KL of the policy to the reference, for the controller too."""
-        reference = inputs.get("ref_per_token_logps")
-        if reference is None:
-            return
-        per_token = self._penalty.value(logps.detach(), reference)
-        per_completion = masked_sum(per_token, generated(inputs))
+        if per_token is None:
+            reference = inputs.get("ref_per_token_logps")
+            if reference is None or self._penalty is None:
+                return
+            per_token = self._penalty.value(logps.detach(), reference)
+        per_completion = masked_sum(per_token.detach(), generated(inputs))
         kl = self.accelerator.gather(per_completion).mean().item()
         self.log_metric("kl/sequence", kl)
         if self.model.training and self._controller.kind != "constant":
@@ -392,10 +488,7 @@ class PolicyTrainer(TRLGRPOTrainer):
 
     def _minus_kl_to_go(self, credit: Tensor, rollout: Rollout) -> Tensor:
         """(B, T) credit − β Σ_{s≥t} KL_s, centred in its group as the rewards are."""
-        per_token = self._penalty.value(
-            self.sampler_logps(rollout), rollout.batch["ref_per_token_logps"]
-        )
-        to_go = reward_to_go(per_token, rollout.mask)
+        to_go = reward_to_go(self._kl_of_rollout(rollout), rollout.mask)
         every = self.accelerator.pad_across_processes(to_go, dim=1)
         groups = self.accelerator.gather(every).unflatten(0, rollout.rewards_PG.shape)
         centred = rollout.local(group_centred(groups))[:, : to_go.size(1)]
@@ -459,7 +552,7 @@ class PolicyTrainer(TRLGRPOTrainer):
         return self.current_gradient_accumulation_steps if self.model.training else 1
 
     def _penalises(self, placement: str) -> bool:
-        return self.args.kl_placement == placement and self._controller.beta != 0
+        return self.args.kl_placement in (placement, "both") and self._controller.beta != 0
 
     @property
     def _trl_penalises(self) -> bool:

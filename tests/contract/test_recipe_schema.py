@@ -7,6 +7,7 @@ import inspect
 import pytest
 from trl.scripts.grpo import GRPOScriptArguments
 
+from trl_ext.policy_config import PolicyConfig
 from trl_ext.recipe.arguments import ScriptArguments
 from trl_ext.recipe.findings import DEFAULT
 from trl_ext.recipe.schema import (
@@ -97,7 +98,9 @@ def test_each_default_is_a_value_that_the_field_takes(name):
 
 @pytest.mark.parametrize("name", TRAINERS.names())
 def test_refused_options(name):
-    assert refused_options(TRAINERS.resolve(name)) == getattr(real_config(name), "refused", {})
+    config = real_config(name)
+    refused = config.all_refused() if issubclass(config, PolicyConfig) else {}
+    assert refused_options(TRAINERS.resolve(name)) == refused
 
 
 def test_script_arguments_are_a_superset_of_trls():

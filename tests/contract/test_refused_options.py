@@ -2,10 +2,12 @@
 
 from dataclasses import fields
 
+import pytest
 from transformers import TrainingArguments
 from trl import GRPOConfig
 
-from trl_ext.policy_config import PolicyConfig
+from trl_ext.ppo import PPOConfig
+from trl_ext.reinforce import ReinforceConfig
 from trl_ext.rwr import RWRConfig
 
 # Options of GRPO about generation, rewards and logs, which every policy trainer takes over, and of
@@ -29,13 +31,24 @@ KEPT = """
 """
 
 
-def test_each_option_of_grpo_is_kept_or_refused():
+# And those of its loss that an algorithm gives a meaning of its own.
+OWN = {
+    RWRConfig: "",
+    ReinforceConfig: "loss_type sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
+    PPOConfig: (
+        "loss_type sync_ref_model ref_model_mixup_alpha ref_model_sync_steps epsilon epsilon_high"
+    ),
+}
+
+
+@pytest.mark.parametrize("config", OWN, ids=lambda config: config.__name__)
+def test_each_option_of_grpo_is_kept_or_refused(config):
     """A new TRL brings new options: decide about each, and write it down here or there."""
-    kept = set(KEPT.split())
+    kept = {*KEPT.split(), *OWN[config].split()}
     common = {option.name for option in fields(TrainingArguments)}
     of_grpo = {option.name for option in fields(GRPOConfig)} - common
-    refused = RWRConfig.all_refused().keys()
+    refused = config.all_refused().keys()
     assert of_grpo == kept | (refused & of_grpo)
     assert not kept & refused
-    options = {option.name for option in fields(PolicyConfig)}
+    options = {option.name for option in fields(config)}
     assert refused <= options, "refused, and TRL has it no more"

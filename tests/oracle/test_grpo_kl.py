@@ -60,6 +60,8 @@ def kl_of_each_step(space: Enumeration, model, reference):
         ({"kl_estimator": "k1"}, "per step"),
         ({"kl_estimator": "k2"}, "per step"),
         ({"kl_estimator": "k2", "kl_is_correction": False, "loss_type": "dr_grpo"}, "per step"),
+        ({"kl_estimator": "exact", "kl_is_correction": False}, "per step"),
+        ({"kl_estimator": "exact", "kl_placement": "both", "kl_is_correction": False}, "whole"),
     ],
     ids=str,
 )
@@ -86,8 +88,12 @@ def test_gradient_of_reward_and_penalty(start, options, part):
         "per step": gradient(kl_of_each_step(space, model, reference)),
     }
     centred = 1 - 1 / group
-    factor = centred if part == "whole" else 1.0
-    exact = -centred * of_reward + BETA * factor * of_kl[part]
+    # What goes through the reward is centred; what is differentiated is not.
+    differentiated = options.get("kl_placement") != "reward"
+    of_penalty = differentiated * of_kl["per step"]
+    if part == "whole":
+        of_penalty += centred * (of_kl["whole"] - of_penalty)
+    exact = -centred * of_reward + BETA * of_penalty
     trainer.train()
     sampled = torch.stack(keep.gradients)
     if options.get("loss_type") == "dr_grpo":

@@ -138,18 +138,20 @@ def test_the_discount_is_of_what_follows(start):
     torch.testing.assert_close(ours, -theory.double(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.equation("E34", "E35")
+@pytest.mark.equation("E27", "E34", "E35")
 @pytest.mark.parametrize(
-    ("baseline", "factor"),
+    ("baseline", "factor", "options"),
     [
-        ("none", 1.0),
-        ("batch", 1 - 1 / 512),
-        ("group", 1 - 1 / 8),
-        ("leave_one_out", 1.0),
-        ("optimal", 1.0),
+        ("none", 1.0, {}),
+        ("batch", 1 - 1 / 512, {}),
+        ("group", 1 - 1 / 8, {}),
+        ("leave_one_out", 1.0, {}),
+        ("optimal", 1.0, {}),
+        ("leave_one_out", 1.0, {"kl_estimator": "exact", "kl_placement": "both"}),
     ],
+    ids=str,
 )
-def test_gradients_of_real_steps_with_each_baseline(start, baseline, factor):
+def test_gradients_of_real_steps_with_each_baseline(start, baseline, factor, options):
     """30 steps of 64 groups of 8: unbiased, but for what a completion adds to its own baseline."""
     keep, steps = KeepGradients(), 30
     trainer = make_trainer(
@@ -162,6 +164,7 @@ def test_gradients_of_real_steps_with_each_baseline(start, baseline, factor):
         learning_rate=0.0,
         beta=BETA,
         baseline=baseline,
+        **options,
     )
     move_away(trainer)
     ref_logps = SPACE.logps(TabularLM.from_pretrained(start)).detach()

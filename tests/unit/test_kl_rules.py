@@ -20,13 +20,15 @@ SOUND = {
     "kl_controller": "constant",
     "kl_target": None,
     "kl_horizon": 10_000,
+    "kl_topk": 64,
     "allow_biased_kl": False,
 }
 
 
 def method_of(estimator: str, placement: str, corrected: bool) -> str:
     """The row of the truth table that a combination is."""
-    return f"{'ratio·' if corrected else ''}{estimator} in the {placement}"
+    where = "reward and loss" if placement == "both" else f"the {placement}"
+    return f"{'ratio·' if corrected else ''}{estimator} in {where}"
 
 
 @pytest.mark.parametrize("combination", [*GRADIENTS, *UNSOUND], ids=str)
@@ -39,10 +41,11 @@ def test_the_rules_are_what_the_truth_table_finds(combination):
         assert part not in ("whole", "per step")
 
 
-def test_every_combination_of_k1_k2_k3_is_decided():
+def test_every_combination_is_decided():
     loss = {(k, "loss", corrected) for k in ("k1", "k2", "k3") for corrected in (True, False)}
     reward = {(k, "reward", False) for k in ("k1", "k2", "k3")}
-    assert GRADIENTS.keys() | UNSOUND.keys() == loss | reward
+    exact = {("exact", where, False) for where in ("loss", "reward", "both")}
+    assert GRADIENTS.keys() | UNSOUND.keys() == loss | reward | exact | {("topk", "loss", False)}
     assert not GRADIENTS.keys() & UNSOUND.keys()
 
 
@@ -65,7 +68,7 @@ def test_what_is_unsound_is_refused_with_a_way_out_that_is_not(combination):
 @pytest.mark.parametrize(
     ("values", "option", "says"),
     [
-        ({"kl_placement": "los"}, "kl_placement", "got 'los'; allowed: loss, reward, none"),
+        ({"kl_placement": "los"}, "kl_placement", "got 'los'; allowed: loss, reward, both, none"),
         ({"kl_controller": "pid"}, "kl_controller", "allowed: constant, adaptive, proportional"),
         ({"kl_clamp": 0.0}, "kl_clamp", "must be greater than 0"),
         ({"kl_controller": "adaptive"}, "kl_target", "needs a target"),
@@ -81,6 +84,9 @@ def test_what_is_unsound_is_refused_with_a_way_out_that_is_not(combination):
             "kl_is_correction",
             "Set it to false",
         ),
+        ({"kl_placement": "both"}, "kl_placement", "both is for kl_estimator: exact"),
+        ({"kl_estimator": "exact"}, "kl_is_correction", "would only add variance"),
+        ({"kl_topk": 0}, "kl_topk", "must be greater than 0"),
         ({"kl_estimator": "mine"}, "kl_estimator", "kl-table --method mine --placement loss"),
     ],
     ids=str,

@@ -158,6 +158,23 @@ def test_the_logits_of_all_tokens_never_exist(monkeypatch, of_hidden, of_logits)
 
 
 @each_divergence
+def test_no_logits_are_kept_for_the_backward_pass(monkeypatch, of_hidden, of_logits):
+    monkeypatch.setattr(vocabulary_kl, "TOPK_TOKENS_AT_ONCE", 5)
+    kept: list[tuple[int, ...]] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        Case().of_hidden(of_hidden)
+    assert kept and not [shape for shape in kept if len(shape) > 1 and shape[-1] == V]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        Case().of_logits(of_logits)
+    assert (B, T, V) in kept
+
+
+@each_divergence
 def test_what_is_masked_out_is_not_read(of_hidden, of_logits):
     """Masking equals slicing, and a NaN that is masked out reaches neither value nor gradient."""
     case = Case()

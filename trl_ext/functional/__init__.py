@@ -3,6 +3,7 @@
 from trl_ext.functional.advantages import (
     gae,
     importance_weights,
+    next_values,
     off_policy_credit,
     reward_to_go,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "masked_mean",
     "masked_moments",
     "masked_sum",
+    "next_values",
     "off_policy_credit",
     "optimism",
     "prefix_log_ratio",

@@ -72,7 +72,7 @@ def gae(
         torch.where(keep, at_least_float32(each.detach()), 0.0) for each in (rewards, values)
     )
     after_all = values.new_zeros(len(values)) if last_values is None else last_values.detach()
-    deltas = rewards + gamma * _next_values(values, keep, after_all) - values
+    deltas = rewards + gamma * next_values(values, keep, after_all) - values
     deltas = torch.where(keep, deltas, 0.0)
     advantages = torch.where(keep, _discounted_suffix_sums(deltas, keep, gamma * lam), 0.0)
     return advantages, advantages + values
@@ -142,8 +142,20 @@ def off_policy_credit(
     return reward_to_go(weights * rewards, mask, gamma=gamma)
 
 
-def _next_values(values: Tensor, keep: Tensor, after_all: Tensor) -> Tensor:
-    """(B, T) V at the next kept token, `after_all` at the last one."""
+def next_values(values: Tensor, keep: Tensor, after_all: Tensor) -> Tensor:
+    """What is at the next kept token, and after the last one.
+
+    Source: definition.
+
+    Args:
+        values: (B, T).
+        keep: (B, T) bool, True = a token of the policy.
+        after_all: (B,) what stands after the last.
+
+    Returns:
+        (B, T), in the units and dtype of `values`.
+    """
+    values = values.masked_fill(~keep, 0.0)
     ended = torch.cat([values, after_all.to(values)[:, None]], dim=1)
     kept = torch.cat([keep, torch.ones_like(keep[:, :1])], dim=1)
     # Each kept value replaces all that follows: a suffix sum with factor 0 there, 1 elsewhere.

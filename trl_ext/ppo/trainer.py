@@ -14,7 +14,7 @@ from trl_ext.kl_penalty import KLController
 from trl_ext.policy_config import PolicyConfig
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.critic import make_critic
-from trl_ext.rollout import MicroBatch, Rollout
+from trl_ext.rollout import MicroBatch, Rollout, whole
 from trl_ext.trl_adapter import PolicyTrainer, keep_nf4_gradients_on_cpu
 
 # Keeps advantages that are all alike from being blown up to deviation 1.
@@ -45,8 +45,7 @@ class PPOTrainer(PolicyTrainer):
     _name = "PPO"
     _paper: ClassVar[dict[str, str]] = {}
 
-    def __init__(self, *arguments: Any, **keywords: Any):
-        super().__init__(*arguments, **keywords)
+    def set_up(self) -> None:
         args = self.args
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ConfigError(
@@ -198,8 +197,7 @@ class PPOTrainer(PolicyTrainer):
 
     def _own_values(self, batch: Any) -> Tensor:
         """(B, T+1) from the critic's own backbone."""
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        ids, mask = whole(batch)
         self.critic.train(torch.is_grad_enabled())
         rows = self.args.per_device_train_batch_size
         with self.accelerator.autocast():

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from trl_ext.errors import PluginError, UnknownNameError
-from trl_ext.kl_rules import kl_findings
+from trl_ext.kl_rules import OVER_THE_VOCABULARY, kl_findings
 from trl_ext.recipe.findings import COMMAND_LINE, Finding, Origin, did_you_mean, show_value
 from trl_ext.recipe.ranges import allowed_instead
 from trl_ext.recipe.schema import (
@@ -74,7 +74,7 @@ def check_values(
 
 
 def _check_range(field: Field, value: Any, entry: Entry, findings: list[Finding]) -> None:
-    words = allowed_instead(field.name, value)
+    words = allowed_instead(field.name, value, field.least)
     if words is not None:
         null = ", or null" if takes_null(field) else ""
         message = f"got {show_value(value)}; allowed: {words}{null}."
@@ -181,7 +181,8 @@ def check_kl(
         name: values.get(name, fields[name].default) for name in (*names, "beta", "allow_biased_kl")
     }
     try:
-        KL_ESTIMATORS.resolve(options["kl_estimator"])
+        if options["kl_estimator"] not in OVER_THE_VOCABULARY:
+            KL_ESTIMATORS.resolve(options["kl_estimator"])
         problems = kl_findings(options)
     except UnknownNameError as error:
         problems = [("kl_estimator", str(error))]

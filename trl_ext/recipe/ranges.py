@@ -39,6 +39,7 @@ _COUNT = Range("a whole number from 1 on", 1)
 _POSITIVE = Range("a number greater than 0", 0, above=True)
 _FROM_0 = Range("a number from 0 on", 0)
 _FROM_0_TO_INF = Range("a number from 0 on, or .inf", 0, math.inf)
+_FRACTION = Range("a number between 0 and 1", 0, 1)
 _INTERVAL = Range(
     "a whole number from 1 on, or a fraction of all steps between 0 and 1",
     0,
@@ -58,6 +59,15 @@ RANGES = {
     "num_generations_eval": _COUNT,
     "max_completion_length": _COUNT,
     "temperature": _POSITIVE,
+    "gamma": _FRACTION,
+    "lam": _FRACTION,
+    "critic_lam": _FRACTION,
+    "critic_learning_rate": _POSITIVE,
+    "early_stop_kl": _POSITIVE,
+    "off_policy_truncation": _POSITIVE,
+    "old_kl_coef": _POSITIVE,
+    "old_kl_target": _POSITIVE,
+    "value_clip": _POSITIVE,
     "learning_rate": _FROM_0,
     "weight_decay": _FROM_0,
     "max_grad_norm": _FROM_0_TO_INF,  # inf clips nothing, and logs the norm
@@ -76,9 +86,14 @@ RANGES = {
 }
 
 
-def allowed_instead(key: str, value: Any) -> str | None:
-    """What the key allows, in words, if the value (or one in a list) is a number outside it."""
+def allowed_instead(key: str, value: Any, least: float | None = None) -> str | None:
+    """What the key allows, in words, if the value (or one in a list) is a number outside it.
+
+    `least` is the lowest count that a trainer takes where it is not the usual one.
+    """
     allowed = RANGES.get(key)
+    if allowed is not None and least is not None:
+        allowed = Range(f"a whole number from {least} on", least)
     numbers = [x for x in (value if isinstance(value, list) else [value]) if _is_number(x)]
     return None if allowed is None or all(x in allowed for x in numbers) else allowed.words
 

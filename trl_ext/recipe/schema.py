@@ -33,6 +33,7 @@ class Field:
     default: Any
     help: str = ""
     choices: tuple[Any, ...] | None = None
+    least: float | None = None
 
     @cached_property
     def type(self) -> Any:
@@ -162,6 +163,7 @@ def _field(source: Source, name: str, annotation: ast.expr, value: ast.expr | No
         default=_default(options),
         help="" if text is COMPUTED else text,
         choices=None if choices is COMPUTED else tuple(choices),
+        least=metadata.get("least"),
     )
 
 

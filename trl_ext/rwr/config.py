@@ -66,7 +66,7 @@ class RWRConfig(OwnLossConfig):
             "help": "Load the reference and log the KL of the policy to it, nats per completion."
         },
     )
-    kl_placement: Literal["loss", "reward", "none"] = field(
+    kl_placement: Literal["loss", "reward", "both", "none"] = field(
         default="none",
         metadata={"help": "Not used: in reward-weighted regression beta is in the weights."},
     )

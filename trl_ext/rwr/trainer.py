@@ -49,6 +49,10 @@ class RWRTrainer(PolicyTrainer):
         assert isinstance(args, RWRConfig)
         return args.log_kl or args.reference == "fixed"
 
+    @property
+    def reads_ref_logps(self) -> bool:
+        return self.args.reference == "fixed"
+
     def score_completions(self, score_once: Callable[[], Tensor]) -> Tensor:
         samples = torch.stack([score_once() for _ in range(self.args.reward_samples)])
         if self.args.reward_samples > 1 and self.args.beta > 0:

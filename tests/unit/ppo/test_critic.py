@@ -76,8 +76,8 @@ def values(critic: Critic, policy: Any = None) -> torch.Tensor:
         if critic.backbone is not None:
             return critic(IDS, torch.ones_like(IDS))
         base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
-        base.eval()
-        return critic.of_hidden(base.base_model(IDS).last_hidden_state)
+        backbone: Any = base.eval().base_model
+        return critic.of_hidden(backbone(IDS).last_hidden_state)
 
 
 MAKES = [("head", None), ("head", LORA), ("adapter", LORA), ("model", None), ("model", LORA)]

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.unit.recipe.conftest import LEAST
 from trl_ext.errors import ConfigError
 from trl_ext.recipe import read_recipe
 from trl_ext.recipe.ranges import RANGES
@@ -32,6 +33,15 @@ OUTSIDE = {
     "reward_weights": "[1,.nan] [.inf,0]",
     "reward_samples": "0",
     "reward_timeout": "0 -1 .inf .nan 1e300",
+    "gamma": "-0.1 1.1 .nan",
+    "lam": "-0.1 1.1",
+    "critic_lam": "-1 2",
+    "critic_learning_rate": "0 -1 .inf",
+    "early_stop_kl": "0",
+    "off_policy_truncation": "0 -1",
+    "old_kl_coef": "0",
+    "old_kl_target": "0 -1",
+    "value_clip": "0 .nan",
     "num_processes": "0 -1",
     "num_machines": "0",
 }
@@ -48,7 +58,19 @@ INSIDE = {
     "eval_steps": "0.5 1 null",
     "beta": "0 .inf",
     "reward_timeout": "0.5 null",
+    "gamma": "0 1",
+    "lam": "0 0.95 1",
+    "value_clip": "0.2 null",
+    "off_policy_truncation": "2 null",
 }
+FIELDS = {name: config_fields(TRAINERS.resolve(name)) for name in ("rwr", "reinforce", "ppo")}
+LAUNCH = class_fields(LAUNCH_GROUP)
+
+
+def recipe_with(key: str, value: str) -> str:
+    """The least recipe of a trainer that has the key, with the key in line 5."""
+    trainer = next(name for name, fields in FIELDS.items() if key in fields or key in LAUNCH)
+    return LEAST.replace("trainer: rwr", f"trainer: {trainer}") + f"{key}: {value}\n"
 
 
 def cases(table: dict[str, str]) -> list[tuple[str, str]]:
@@ -58,7 +80,7 @@ def cases(table: dict[str, str]) -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("key", "value"), cases(OUTSIDE))
 def test_outside(write, key, value):
     rewards = "reward_funcs: [exact_match, accuracy_reward]\n"
-    write("r.yaml", f"{key}: {value}\n{rewards}")
+    write("r.yaml", recipe_with(key, value) + rewards, least=False)
     with pytest.raises(ConfigError) as error:
         read_recipe("r.yaml")
     (line,) = str(error.value).splitlines()[1:]
@@ -68,7 +90,7 @@ def test_outside(write, key, value):
 
 @pytest.mark.parametrize(("key", "value"), cases(INSIDE))
 def test_inside(write, key, value):
-    write("r.yaml", f"{key}: {value}\n")
+    write("r.yaml", recipe_with(key, value), least=False)
     assert key in read_recipe("r.yaml").values
 
 
@@ -84,11 +106,18 @@ def test_null_is_named_where_it_is_allowed(write):
 
 def test_every_key_is_tested_and_is_a_field():
     assert set(OUTSIDE) == set(RANGES)
-    known = set(config_fields(TRAINERS.resolve("rwr"))) | set(class_fields(LAUNCH_GROUP))
-    assert set(RANGES) <= known
+    assert set(RANGES) <= set(LAUNCH).union(*FIELDS.values())
 
 
-@pytest.mark.parametrize("trainer", ["rwr", "grpo", "sft"])
+def test_a_trainer_that_compares_nothing_within_a_group_takes_groups_of_one(write):
+    write("r.yaml", LEAST.replace("rwr", "ppo") + "num_generations: 1\n", least=False)
+    assert read_recipe("r.yaml").values["num_generations"] == 1
+    write("r.yaml", LEAST.replace("rwr", "ppo") + "num_generations: 0\n", least=False)
+    with pytest.raises(ConfigError, match=r"got 0; allowed: a whole number from 1 on, or null"):
+        read_recipe("r.yaml")
+
+
+@pytest.mark.parametrize("trainer", ["rwr", "grpo", "reinforce", "ppo", "sft"])
 def test_the_defaults_are_inside(trainer):
     for key, field in config_fields(TRAINERS.resolve(trainer)).items():
         if key in RANGES and field.default is not None:
