@@ -6,7 +6,6 @@ from typing import Literal
 
 from torch import Tensor
 
-from trl_ext.kl_rules import OVER_THE_VOCABULARY
 from trl_ext.registry import KL_ESTIMATORS
 
 # Schulman et al. (2017): by how much the KL may miss the target, and what β is multiplied with.
@@ -98,13 +97,11 @@ def group_centred(values_PGT: Tensor) -> Tensor:
     return values_PGT - values_PGT.mean(dim=1, keepdim=True)
 
 
-def penalty_of(name: str, corrected: bool, clamp: float | None) -> KLPenalty | None:
-    """The penalty that a config asks for; None for one over the whole vocabulary.
+def penalty_of(name: str, corrected: bool, clamp: float | None) -> KLPenalty:
+    """The penalty that a config asks for, if its estimator looks at sampled tokens alone.
 
     Raises:
         UnknownNameError: if there is no such estimator.
     """
-    if name in OVER_THE_VOCABULARY:
-        return None
     estimator = KL_ESTIMATORS.load(name)
     return KLPenalty(estimator, corrected, weighs_only=name == "k2", clamp=clamp)

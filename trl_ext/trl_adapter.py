@@ -8,11 +8,10 @@ it is `trl.GRPOTrainer`, number for number.
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
@@ -21,28 +20,16 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerState
 from trl import GRPOTrainer as TRLGRPOTrainer
-from trl.trainer.utils import use_adapter
 
 from trl_ext.bundled import resolve_model
-from trl_ext.errors import ConfigError, DataError, RunError
-from trl_ext.functional import (
-    TokenAggregation,
-    aggregate_tokens,
-    masked_sum,
-    next_values,
-    reward_to_go,
-)
-from trl_ext.kl_penalty import KLController, group_centred, penalty_of
+from trl_ext.errors import ConfigError, RunError
+from trl_ext.functional import TokenAggregation, aggregate_tokens
+from trl_ext.kl_term import KLTerm
 from trl_ext.policy_config import PolicyConfig
-from trl_ext.rewards.guard import guarded
+from trl_ext.rewards.guard import guarded_all
 from trl_ext.rollout import MicroBatch, Rollout, generated, whole
-from trl_ext.tasks.columns import check_prompt_only
-from trl_ext.vocabulary_kl import (
-    Head,
-    exact_kl_of_hidden,
-    hidden_states_of,
-    topk_kl_of_hidden,
-)
+from trl_ext.tasks.columns import check_datasets, check_size
+from trl_ext.vocabulary_kl import hidden_states_of
 
 # What TRL's rollouts carry for models that read images, and its log-probability method takes.
 _MULTIMODAL_INPUTS = (
@@ -99,18 +86,14 @@ class PolicyTrainer(TRLGRPOTrainer):
     ):
         model = resolve_model(model) if isinstance(model, str) else model
         args = self._own_config(model, args)
-        self._penalty = penalty_of(args.kl_estimator, args.kl_is_correction, args.kl_clamp)
-        self._controller = KLController(
-            args.kl_controller, args.beta, args.kl_target, args.kl_horizon
-        )
-        self._kl_heard: list[float] = []
+        self.kl = KLTerm(args, self)
         if not trl_arguments.get("environment_factory"):
-            _check_datasets(train_dataset, eval_dataset)
+            check_datasets(train_dataset, eval_dataset)
         self._check_reference(model, args, trl_arguments)
         with self._reference_only_if_used(args):
             super().__init__(
                 model,
-                _guard_all(reward_funcs, args.reward_timeout),
+                guarded_all(reward_funcs, args.reward_timeout),
                 args,
                 train_dataset,
                 eval_dataset,
@@ -124,7 +107,9 @@ class PolicyTrainer(TRLGRPOTrainer):
         self._sampled: Tensor | None = None
         self._rollout_is_spent = False
         self._train_sampler: Any = None
-        _check_size(self.train_dataset, self.args)
+        if isinstance(self.train_dataset, Dataset):
+            assert args.generation_batch_size is not None and args.num_generations is not None
+            check_size(len(self.train_dataset), args.generation_batch_size, args.num_generations)
         self.args.use_bias_correction_kl = args.kl_is_correction
         self._stop_at(args.stop_strings or [])
         keep_nf4_gradients_on_cpu(self.model)
@@ -207,77 +192,9 @@ class PolicyTrainer(TRLGRPOTrainer):
         if unfinished is not None:
             of_all = of_all.masked_fill(unfinished, 0.0)
         rewards = rewards + rollout.last_tokens * of_all[:, None]
-        if self._penalises("reward"):
-            rewards = rewards - self._controller.beta * self._kl_of_rollout(rollout)
+        if self.kl.enters("reward"):
+            rewards = rewards - self.kl.beta * self.kl.of_rollout(rollout)
         return rewards * rollout.mask
-
-    def _kl_of_rollout(self, rollout: Rollout) -> Tensor:
-        """(B, T) nats: what a KL penalty in the reward takes from each token's."""
-        if self._penalty is not None:
-            logps = self.sampler_logps(rollout)
-            return self._penalty.value(logps, rollout.batch["ref_per_token_logps"])
-        per_prefix = self._vocabulary_kl_of_rollout(rollout)
-        if self.args.kl_placement != "both":
-            return per_prefix
-        # A token is charged for the prefix that it leads to: its own step is differentiated.
-        end = per_prefix.new_zeros(len(per_prefix))
-        return next_values(per_prefix, rollout.mask.bool(), end)
-
-    def _vocabulary_kl_of_rollout(self, rollout: Rollout) -> Tensor:
-        batch, rows = rollout.batch, self.args.per_device_train_batch_size
-        ids, attended = whole(batch)
-        found = []
-        with torch.no_grad():
-            for start in range(0, len(ids), rows):
-                part = slice(start, start + rows)
-                hidden = self._hidden(self._causal_lm, ids[part], attended[part])
-                found.append(
-                    self._vocabulary_kl(hidden, ids[part], attended[part], rollout.mask[part])
-                )
-        return torch.cat(found)
-
-    def _hidden(self, model: PreTrainedModel, ids: Tensor, attended: Tensor) -> Tensor:
-        backbone: Any = model.base_model
-        with self.accelerator.autocast():
-            return backbone(ids, attention_mask=attended, use_cache=False).last_hidden_state
-
-    def _vocabulary_kl(self, hidden: Tensor, ids: Tensor, attended: Tensor, mask: Tensor) -> Tensor:
-        """(b, T) KL(π‖π_ref) over the vocabulary at each prefix, nats, with hidden's gradient.
-
-        Args:
-            hidden: (b, S, H) of the policy.
-            ids, attended: (b, S) what it read.
-            mask: (b, T) of the completion's tokens.
-        """
-        with torch.no_grad(), self._as_reference() as reference:
-            ref_hidden = self._hidden(reference, ids, attended)
-            ref_head = Head.of(reference)
-        at = slice(-mask.size(1) - 1, -1)
-        of_hidden = (
-            exact_kl_of_hidden
-            if self.args.kl_estimator == "exact"
-            else partial(topk_kl_of_hidden, k=self.args.kl_topk)
-        )
-        kl = of_hidden(
-            hidden[:, at],
-            Head.of(self._causal_lm),
-            ref_hidden[:, at],
-            ref_head,
-            temperature=self.temperature,
-            mask=mask,
-        )
-        limit = self.args.kl_clamp
-        return kl if limit is None else kl.clamp(-limit, limit)
-
-    @contextmanager
-    def _as_reference(self):
-        """The transformers model of the reference: TRL's, or the policy without its adapter."""
-        if self.ref_model is not None:
-            yield self.accelerator.unwrap_model(self.ref_model)
-        else:
-            adapter = "ref" if "ref" in self.model.peft_config else None
-            with use_adapter(self.model, adapter_name=adapter):
-                yield self._causal_lm
 
     def _dense_rewards(self, rollout: Rollout) -> Tensor:
         """(B, T) weighted sum of the rewards that were given token by token."""
@@ -361,11 +278,13 @@ class PolicyTrainer(TRLGRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         if self.model.training:
-            self._adapt_beta(len(inputs) * self.accelerator.num_processes)
+            completions = len(inputs) * self.accelerator.num_processes
+            if self.kl.adapt(completions) and not self._replaces_loss:
+                self.beta = self.kl.beta
             self._rollout_is_spent = False
         self._scored = []
         # A KL over the vocabulary runs the reference itself, where it has the policy's states.
-        unused = self._penalty is None and not self.reads_ref_logps
+        unused = self.kl.over_vocabulary and not self.reads_ref_logps
         with self._without_trl_kl() if unused else nullcontext():
             batch = super()._generate_and_score_completions(inputs)
         first = self.accelerator.process_index * len(inputs)
@@ -375,8 +294,8 @@ class PolicyTrainer(TRLGRPOTrainer):
         self._show_credit(batch["advantages"])
         if not self.model.training:
             self._evaluation_rewards.append(rollout.rewards_PG)
-        elif self._penalises("reward") and not self._replaces_loss:
-            batch["advantages"] = self._minus_kl_to_go(batch["advantages"], rollout)
+        elif self.kl.enters("reward") and not self._replaces_loss:
+            batch["advantages"] = self.kl.minus_to_go(batch["advantages"], rollout)
         self._scored, self._sampled = [], None
         return batch
 
@@ -387,7 +306,7 @@ class PolicyTrainer(TRLGRPOTrainer):
         if self.read_hidden is None or model is self.ref_model:
             result, readout = score(attention_mask, logits_to_keep, *args, **kwargs), None
         else:
-            with hidden_states_of(self._causal_lm) as passes:
+            with hidden_states_of(self.causal_lm) as passes:
                 result = score(attention_mask, logits_to_keep, *args, **kwargs)
             readout = torch.cat([self.read_hidden(h[:, -logits_to_keep - 1 :]) for h in passes])
         self._scored.append((result[0], readout))
@@ -406,25 +325,20 @@ class PolicyTrainer(TRLGRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         self._scored = []
-        over_vocabulary = self._penalty is None and self.beta != 0.0
-        with hidden_states_of(self._causal_lm) if over_vocabulary else nullcontext([]) as passes:
+        is_trls = self.kl.is_trls and not self._replaces_loss
+        with self.kl.watching() as passes:
             if self._replaces_loss:
                 loss = self._own_loss(model, inputs)
-            elif self._trl_penalises:
+            elif is_trls:
                 loss = super()._compute_loss(model, inputs)
             else:
                 with self._without_trl_kl():
                     loss = super()._compute_loss(model, inputs)
         [(logps, _)] = self._scored
         self._scored = []
-        kl = None
-        if over_vocabulary:
-            hidden = passes[-1] if self._penalises("loss") else passes[-1].detach()
-            kl = self._vocabulary_kl(hidden, *whole(inputs), generated(inputs))
-        if self._penalises("loss") and (self._replaces_loss or not self._trl_penalises):
-            per_token = self._penalty_in_loss(logps, inputs) if kl is None else kl
-            loss = loss + self._controller.beta * self._added_up(per_token, inputs)
-        self._hear_kl(logps, inputs, kl)
+        per_token = self.kl.per_token(logps, inputs, passes)
+        if per_token is not None and self.kl.enters("loss") and not is_trls:
+            loss = loss + self.kl.beta * self._added_up(per_token, inputs)
         return loss
 
     def _own_loss(self, model, inputs):
@@ -444,13 +358,6 @@ class PolicyTrainer(TRLGRPOTrainer):
             self._added_up(loss, inputs) if loss.dim() == 2 else loss / self._accumulated
         )
 
-    def _penalty_in_loss(self, logps: Tensor, inputs) -> Tensor:
-        """(B, T) β's factor in the loss, from the sampled tokens."""
-        assert self._penalty is not None
-        return self._penalty.in_loss(
-            logps, inputs["ref_per_token_logps"], inputs.get("old_per_token_logps")
-        )
-
     def _added_up(self, per_token: Tensor, inputs) -> Tensor:
         """A loss (B, T) summed up over tokens as TRL does for its loss type."""
         mask = generated(inputs)
@@ -464,37 +371,6 @@ class PolicyTrainer(TRLGRPOTrainer):
         length = self.max_completion_length if how == "fixed length" else None
         return aggregate_tokens(per_token, mask, how, count=length) / self._accumulated
 
-    def _hear_kl(self, logps: Tensor, inputs, per_token: Tensor | None) -> None:
-        """Log the KL of the policy to the reference, for the controller too."""
-        if per_token is None:
-            reference = inputs.get("ref_per_token_logps")
-            if reference is None or self._penalty is None:
-                return
-            per_token = self._penalty.value(logps.detach(), reference)
-        per_completion = masked_sum(per_token.detach(), generated(inputs))
-        kl = self.accelerator.gather(per_completion).mean().item()
-        self.log_metric("kl/sequence", kl)
-        if self.model.training and self._controller.kind != "constant":
-            self._kl_heard.append(kl)
-
-    def _adapt_beta(self, completions: int) -> None:
-        if not self._kl_heard:
-            return
-        self._controller.update(fmean(self._kl_heard), completions)
-        self._kl_heard = []
-        if not self._replaces_loss:
-            self.beta = self._controller.beta
-        self.log_metric("kl/beta", self._controller.beta)
-
-    def _minus_kl_to_go(self, credit: Tensor, rollout: Rollout) -> Tensor:
-        """(B, T) credit − β Σ_{s≥t} KL_s, centred in its group as the rewards are."""
-        to_go = reward_to_go(self._kl_of_rollout(rollout), rollout.mask)
-        every = self.accelerator.pad_across_processes(to_go, dim=1)
-        groups = self.accelerator.gather(every).unflatten(0, rollout.rewards_PG.shape)
-        centred = rollout.local(group_centred(groups))[:, : to_go.size(1)]
-        credit = credit[:, None] if credit.dim() == 1 else credit
-        return (credit - self._controller.beta * centred) * rollout.mask
-
     def _save_rng_state(self, output_dir):
         # A checkpoint may fall between two uses of one rollout; TRL would generate anew on resume.
         super()._save_rng_state(output_dir)
@@ -502,8 +378,7 @@ class PolicyTrainer(TRLGRPOTrainer):
             "step": self._step,
             "num_processes": self.accelerator.num_processes,
             "buffered_inputs": self._unused_rollout(),
-            "kl_beta": self._controller.beta,
-            "kl_heard": self._kl_heard,
+            "kl": self.kl.state(),
             "is_spent": self._rollout_is_spent,
             "extra": self.extra_state(),
         }
@@ -525,11 +400,11 @@ class PolicyTrainer(TRLGRPOTrainer):
                     f"rollout. Set num_processes={rollout['num_processes']}."
                 )
             self._step, self._buffered_inputs = rollout["step"], rollout["buffered_inputs"]
-            self._controller.beta, self._kl_heard = rollout["kl_beta"], rollout["kl_heard"]
+            self.kl.load_state(rollout["kl"])
             self._rollout_is_spent = rollout["is_spent"]
             self.load_extra_state(rollout["extra"])
             if not self._replaces_loss:
-                self.beta = self._controller.beta
+                self.beta = self.kl.beta
         if checkpoint is not None:
             self.restore(Path(checkpoint))
 
@@ -550,15 +425,6 @@ class PolicyTrainer(TRLGRPOTrainer):
     def _accumulated(self) -> int:
         """Micro-batches of an optimizer step, over which the trainer itself takes the mean."""
         return self.current_gradient_accumulation_steps if self.model.training else 1
-
-    def _penalises(self, placement: str) -> bool:
-        return self.args.kl_placement in (placement, "both") and self._controller.beta != 0
-
-    @property
-    def _trl_penalises(self) -> bool:
-        """Whether the KL penalty asked for is the one that TRL has built in."""
-        is_trls = self.args.kl_estimator == "k3" and self.args.kl_clamp is None
-        return is_trls and self.args.kl_placement == "loss"
 
     @property
     def _replaces_loss(self) -> bool:
@@ -675,39 +541,12 @@ class PolicyTrainer(TRLGRPOTrainer):
         return self.args.steps_per_generation * self.num_iterations
 
     @property
-    def _causal_lm(self) -> PreTrainedModel:
+    def causal_lm(self) -> PreTrainedModel:
         """The transformers model, adapters inside it included."""
         return self.model.get_base_model() if is_peft_model(self.model) else self.model
 
     def _rollout_file(self, checkpoint: str) -> str:
         return os.path.join(checkpoint, f"rollout_{self.accelerator.process_index}.pt")
-
-
-def _check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
-    """Refuse what has no prompts; an evaluation set may be several by name, as in TRL."""
-    several = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
-    named = {f"eval_dataset {name}".strip(): dataset for name, dataset in several.items()}
-    for name, dataset in ({"train_dataset": train_dataset} | named).items():
-        if dataset is not None:
-            check_prompt_only(dataset, name)
-
-
-def _check_size(train_dataset: Any, args: PolicyConfig) -> None:
-    """A generation batch takes whole groups of different prompts; TRL drops what does not fill one.
-
-    Raises:
-        DataError: if no step could be taken.
-    """
-    assert args.generation_batch_size is not None and args.num_generations is not None
-    needed = args.generation_batch_size // args.num_generations
-    if isinstance(train_dataset, Dataset) and len(train_dataset) < needed:
-        raise DataError(
-            f"The train dataset has {len(train_dataset)} prompts, and one generation batch takes "
-            f"{needed} (generation_batch_size {args.generation_batch_size} / num_generations "
-            f"{args.num_generations}): no step could be taken. Give more prompts, a larger "
-            "num_generations, or a smaller per_device_train_batch_size, "
-            "gradient_accumulation_steps or steps_per_generation."
-        )
 
 
 def end_training(trainer: Trainer) -> None:
@@ -728,21 +567,6 @@ def load_checkpoint(trainer: Trainer, checkpoint: Path) -> None:
     if isinstance(trainer, PolicyTrainer):
         trainer.restore(checkpoint)
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-
-
-def _guard_all(reward_funcs: Any, timeout: float | None) -> Any:
-    if reward_funcs is None:
-        return None
-    several = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-    return [guarded(reward_func, _name_of(reward_func), timeout) for reward_func in several]
-
-
-def _name_of(reward_func: Any) -> str:
-    # A partial has no name of its own.
-    named = getattr(reward_func, "func", reward_func)
-    return getattr(reward_func, "__name__", None) or getattr(
-        named, "__name__", type(named).__name__
-    )
 
 
 def keep_nf4_gradients_on_cpu(model: torch.nn.Module) -> None:

@@ -49,8 +49,7 @@ class Head:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Head":
-        """The head of a causal LM as it is now: of a reference that is a disabled adapter, while
-        it is disabled.
+        """The head of a causal LM, with the adapters that are active now.
 
         Source: `trl.trainer.utils.add_fused_lm_head`, whose rules for the logits these are. A head
         that FSDP2 has split up is gathered, with gradient.
@@ -102,7 +101,8 @@ def hidden_states_of(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
     It costs nothing where a loss runs the model anyway. Passes under `no_grad` or with another
     adapter are collected as well, in order. A pass through DDP or a PeftModel counts, if the model
-    inside is given here.
+    inside is given here. Under FSDP2 the loss must contain an output of the pass too, as a policy
+    loss does: its hooks on the backward pass are on the outputs.
 
     Args:
         model: the causal LM; of a PeftModel its `get_base_model()`.

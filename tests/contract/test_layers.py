@@ -32,6 +32,7 @@ FLOORS = (
     ("rewards",),
     ("vocabulary_kl",),
     ("policy_config", "rollout"),
+    ("kl_term",),
     ("trl_adapter",),
     ALGORITHMS,
     ("recipe",),

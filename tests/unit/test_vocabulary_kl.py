@@ -15,7 +15,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from torch.distributed import HashStore, destroy_process_group, init_process_group
+from torch.distributed import (
+    HashStore,
+    destroy_process_group,
+    init_device_mesh,
+    init_process_group,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
@@ -338,16 +345,19 @@ def base_of(model: PeftModel) -> Any:
 
 
 def kl_gradients(model: Any, outer: Any) -> tuple[Tensor, list[Tensor]]:
-    """KL to a fixed reference of one forward pass of `outer` around `model`, and its gradients."""
+    """KL to a fixed reference of one forward pass of `outer` around `model`, and its gradients.
+
+    The loss also contains an output of the pass, as any policy loss does.
+    """
     ref_head = Head(torch.linspace(-1, 1, VOCABULARY * 16).view(VOCABULARY, 16))
     with hidden_states_of(model) as passes:
-        outer(IDS)
+        log_probability = outer(IDS).logits.log_softmax(-1)[..., 1].mean()
         states = passes[0][:, :-1]
         mask = torch.ones(states.shape[:2])
         values = exact_kl_of_hidden(
             *(states, Head.of(model), states.detach(), ref_head), temperature=1.0, mask=mask
         )
-        values.sum().backward()
+        (values.sum() - log_probability).backward()
     # Gradient checkpointing runs layers again in the backward pass, and not the backbone.
     assert len(passes) == 1
     found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -423,16 +433,33 @@ def test_wrapped_models_are_refused(llama):
             pass
 
 
-def test_a_pass_through_ddp_counts(llama):
-    values, alone = kl_gradients(llama, llama)
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
     init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    try:
-        through_ddp, wrapped = kl_gradients(llama, DistributedDataParallel(llama))
-    finally:
-        destroy_process_group()
+    yield
+    destroy_process_group()
+
+
+def test_a_pass_through_ddp_counts(llama, one_process):
+    values, alone = kl_gradients(llama, llama)
+    through_ddp, wrapped = kl_gradients(llama, DistributedDataParallel(llama))
     torch.testing.assert_close(through_ddp, values)
     for got, expected in zip(wrapped, alone, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def test_a_head_split_up_by_fsdp2_is_gathered(llama, one_process):
+    values, alone = kl_gradients(llama, llama)
+    sharded: Any = fully_shard(llama, mesh=init_device_mesh("cpu", (1,)))
+    assert isinstance(sharded.lm_head.weight, DTensor)
+    whole = Head.of(sharded).weight
+    assert not isinstance(whole, DTensor) and whole.requires_grad
+    through_fsdp, split = kl_gradients(sharded, sharded)
+    torch.testing.assert_close(through_fsdp, values)
+    for got, expected in zip(split, alone, strict=True):
+        assert isinstance(got, DTensor)
+        torch.testing.assert_close(got.full_tensor(), expected)
 
 
 def test_the_pass_of_trls_fused_head_counts(llama):

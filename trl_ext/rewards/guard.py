@@ -61,6 +61,22 @@ def guarded(reward_func: Any, name: str, timeout: float | None = None) -> Any:
     return wrapper
 
 
+def guarded_all(reward_funcs: Any, timeout: float | None) -> Any:
+    """A trainer's reward functions, one or a list, each guarded under its own name."""
+    if reward_funcs is None:
+        return None
+    several = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    return [guarded(reward_func, _name_of(reward_func), timeout) for reward_func in several]
+
+
+def _name_of(reward_func: Any) -> str:
+    # A partial has no name of its own.
+    named = getattr(reward_func, "func", reward_func)
+    return getattr(reward_func, "__name__", None) or getattr(
+        named, "__name__", type(named).__name__
+    )
+
+
 def _check_reward(reward_func: Any, name: str, timeout: Any) -> None:
     if not callable(reward_func):
         raise ConfigError(

@@ -133,3 +133,33 @@ def _wrong_with_message(message: Any) -> str | None:
 def _short(prompt: Any) -> str:
     text = repr(prompt)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
+    """Refuse what has no prompts; an evaluation set may be several by name, as in TRL.
+
+    Raises:
+        DataError: as `check_prompt_only`.
+    """
+    several = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
+    named = {f"eval_dataset {name}".strip(): dataset for name, dataset in several.items()}
+    for name, dataset in ({"train_dataset": train_dataset} | named).items():
+        if dataset is not None:
+            check_prompt_only(dataset, name)
+
+
+def check_size(prompts: int, generation_batch_size: int, num_generations: int) -> None:
+    """A generation batch takes whole groups of different prompts; TRL drops what does not fill one.
+
+    Raises:
+        DataError: if no step could be taken.
+    """
+    needed = generation_batch_size // num_generations
+    if prompts < needed:
+        raise DataError(
+            f"The train dataset has {prompts} prompts, and one generation batch takes {needed} "
+            f"(generation_batch_size {generation_batch_size} / num_generations "
+            f"{num_generations}): no step could be taken. Give more prompts, a larger "
+            "num_generations, or a smaller per_device_train_batch_size, "
+            "gradient_accumulation_steps or steps_per_generation."
+        )
