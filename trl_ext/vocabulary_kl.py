@@ -23,9 +23,10 @@ from trl_ext.errors import ConfigError
 from trl_ext.functional import topk_kl
 from trl_ext.functional.masking import at_least_float32
 
-# TRL's kernel takes 4096 tokens at once, and on a CPU 11 times their tile of 32768 logits: 1.4 GB
-# for 1024 tokens, more than the rest of a step. 256 tokens take 0.36 GB, less than TRL's fused head
-# takes in the same step, and 4 % more time than 1024. On a GPU it is two tiles, 67 MB.
+# TRL's kernel takes 4096 tokens at once, and on a CPU 11 times their tile of 32768 float32 logits:
+# for 2816 tokens the peak of a step is 17 % above that of the sampled penalty. With 256 it is the
+# same, for TRL's fused head takes more than these 0.36 GB before (benchmarks/kl_memory.py). Fewer
+# tokens save memory that is not missed and take longer: 64 at once 11 %.
 TOKENS_AT_ONCE = 256
 # Autograd keeps 7.5 times a chunk's logits, over the whole vocabulary: 0.58 GB for 152k tokens.
 TOPK_TOKENS_AT_ONCE = 128

@@ -15,22 +15,24 @@ Baseline = Literal["none", "batch", "group", "leave_one_out", "optimal"]
 
 
 def held_returns(to_go: Tensor, mask: Tensor) -> Tensor:
-    """Reward-to-go with that of the last token kept after it: what an ended completion stands for.
+    """Reward-to-go at every position: what an ended completion stands for, and a hole in one.
 
+    Where no token is kept it is that of the next kept one, and after the end that of the last.
     Source: the padded process that waits in its last state; with a reward at the end alone and γ =
     1 it is that reward at every position.
 
     Args:
-        to_go: (…, T) from `reward_to_go`.
+        to_go: (…, T) from `reward_to_go`; what is masked out is never touched.
         mask: (…, T), 1 or True = a token of the policy.
 
     Returns:
         (…, T) in units of the reward; 0 for a completion with no kept token.
     """
-    positions = torch.arange(mask.size(-1), device=mask.device)
-    last = torch.where(mask.bool(), positions, -1).amax(-1, keepdim=True)
-    at_last = to_go.gather(-1, last.clamp(min=0))
-    held = torch.where(positions <= last, to_go, at_last)
+    keep, tokens = mask.bool(), mask.size(-1)
+    positions = torch.arange(tokens, device=mask.device)
+    last = torch.where(keep, positions, -1).amax(-1, keepdim=True)
+    following = torch.where(keep, positions, tokens).flip(-1).cummin(-1).values.flip(-1)
+    held = to_go.gather(-1, torch.minimum(following, last).clamp(min=0))
     return torch.where(last >= 0, held, 0.0)
 
 
@@ -53,11 +55,12 @@ def baseline(
     Args:
         returns: (P, G, T) reward-to-go, held after the end (`held_returns`).
         how: see above.
-        keep: (P, G) bool, completions that count; None: all. One without others gets 0.
+        keep: (P, G) bool, completions that count; None: all. One without others gets 0. Returns
+            and weights of the others are never touched.
         weights: (P, G) w ≥ 0 of "optimal".
 
     Returns:
-        (P, G, T) in units of the reward, without gradient.
+        (P, G, T) in units of the reward, float32 (float64 for float64 input), without gradient.
 
     Raises:
         ValueError: if "optimal" comes without weights, or another with them.
@@ -65,9 +68,10 @@ def baseline(
     if (how == "optimal") != (weights is not None):
         raise ValueError(f"weights belong to how='optimal' and to no other, got how={how!r}.")
     returns = at_least_float32(returns.detach())
-    kept = torch.ones_like(returns[..., 0]) if keep is None else keep.to(returns.dtype)
-    weights_PG1 = (kept if weights is None else kept * weights.detach().to(kept))[..., None]
-    weighted = weights_PG1 * torch.where(kept[..., None] > 0, returns, 0.0)
+    kept = torch.ones_like(returns[..., 0], dtype=torch.bool) if keep is None else keep.bool()
+    of_each = torch.ones_like(returns[..., 0]) if weights is None else weights.detach().to(returns)
+    weights_PG1 = torch.where(kept, of_each, 0.0)[..., None]
+    weighted = weights_PG1 * torch.where(kept[..., None], returns, 0.0)
     if how == "none":
         return torch.zeros_like(returns)
     over = (0, 1) if how == "batch" else (1,)

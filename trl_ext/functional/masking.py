@@ -59,8 +59,9 @@ def masked_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         mask: broadcastable to `values`, 1 or True = keep.
 
     Returns:
-        Two scalars, in the units of `values`; 0 and 0 where nothing is kept.
+        Two scalars in the units of `values`, float32 (float64 for float64 input); 0 and 0 where
+        nothing is kept.
     """
-    flat, keep = values.flatten(), mask.expand_as(values).flatten()
+    flat, keep = at_least_float32(values).flatten(), mask.expand_as(values).flatten()
     mean = masked_mean(flat, keep)
     return mean, masked_mean((flat - mean).square(), keep).sqrt()

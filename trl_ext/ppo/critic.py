@@ -14,6 +14,7 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -195,7 +196,7 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def _lora_of(policy: nn.Module) -> LoraConfig | None:
-    """The policy's adapter as one of a backbone; None if it has none."""
+    """The policy's adapter as one of a backbone, on layers of the same names; None without one."""
     if not isinstance(policy, PeftModel):
         return None
     lora = policy.peft_config[policy.active_adapters[0]]
@@ -204,7 +205,18 @@ def _lora_of(policy: nn.Module) -> LoraConfig | None:
             f"The policy's adapter is a {type(lora).__name__}; a critic of its own takes LoRA. Use "
             "critic='head'."
         )
-    return _of_a_backbone(copy.deepcopy(lora))
+    lora = _of_a_backbone(copy.deepcopy(lora))
+    # As peft resolved them they may be paths from the LM head down.
+    backbone: Any = policy.get_base_model().base_model
+    lora.target_modules = sorted(
+        {
+            name.rpartition(".")[2]
+            for name, layer in backbone.named_modules()
+            if isinstance(layer, LoraLayer)
+        }
+    )
+    lora.exclude_modules = None
+    return lora
 
 
 def _of_a_backbone(lora: LoraConfig) -> LoraConfig:

@@ -8,7 +8,13 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from trl_ext.functional import gae, off_policy_credit, reward_to_go
+from trl_ext.functional import (
+    gae,
+    importance_weights,
+    next_values,
+    off_policy_credit,
+    reward_to_go,
+)
 
 FRACTIONS = st.sampled_from([0.0, 0.3, 0.9, 0.99, 1.0])
 
@@ -104,9 +110,12 @@ def test_bad_discount(gamma):
 
 @pytest.mark.equation("E38")
 @pytest.mark.parametrize("gamma", [1.0, 0.7])
-def test_off_policy_credit_is_the_triple_loop(gamma):
+@pytest.mark.parametrize("truncation", [None, 1.2])
+def test_off_policy_credit_is_the_triple_loop(gamma, truncation):
+    """Past and later ratios of a reward are one product, and it is the product that is cut."""
     rewards, log_ratios, mask = batch(seed=5, rows=3, tokens=6)
-    result = off_policy_credit(rewards, log_ratios, mask, gamma=gamma)
+    result = off_policy_credit(rewards, log_ratios, mask, gamma=gamma, truncation=truncation)
+    cut = 0
     for row in range(3):
         kept = policy_tokens(mask, row)
         for i, t in enumerate(kept):
@@ -114,12 +123,106 @@ def test_off_policy_credit_is_the_triple_loop(gamma):
             expected = 0.0
             for steps, s in enumerate(kept[i:]):
                 later = sum(log_ratios[row, u].item() for u in kept[i + 1 : i + 1 + steps])
-                expected += gamma**steps * rewards[row, s].item() * math.exp(past + later)
+                weight = math.exp(past + later)
+                if truncation is not None and weight > truncation:
+                    weight, cut = truncation, cut + 1
+                expected += gamma**steps * rewards[row, s].item() * weight
             assert result[row, t].item() == pytest.approx(expected)
     assert (result[~mask] == 0).all()
+    assert truncation is None or cut > 3
 
 
 def test_on_policy_it_is_the_reward_to_go():
     rewards, _, mask = batch(seed=6, rows=3, tokens=9)
     on_policy = off_policy_credit(rewards, torch.zeros(3, 9), mask, gamma=0.9)
     torch.testing.assert_close(on_policy, reward_to_go(rewards, mask, gamma=0.9))
+
+
+def test_a_truncation_that_nothing_reaches_changes_nothing():
+    rewards, log_ratios, mask = batch(seed=7, rows=3, tokens=9)
+    whole = off_policy_credit(rewards, log_ratios, mask)
+    assert torch.equal(off_policy_credit(rewards, log_ratios, mask, truncation=1e9), whole)
+    with pytest.raises(ValueError, match="gamma must be between 0 and 1"):
+        off_policy_credit(rewards, log_ratios, mask, gamma=2.0)
+
+
+@pytest.mark.equation("E38")
+@pytest.mark.parametrize("how", ["token", "prefix", "sequence"])
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 999), st.integers(1, 3), st.integers(1, 9), st.sampled_from([None, 0.5, 1.2]))
+def test_importance_weights_are_the_products(how, seed, rows, tokens, truncation):
+    _, log_ratios, mask = batch(seed, rows, tokens)
+    weights = importance_weights(log_ratios, mask, how, truncation=truncation)
+    for row in range(rows):
+        kept = policy_tokens(mask, row)
+        for i, t in enumerate(kept):
+            chosen = {"token": [t], "prefix": kept[: i + 1], "sequence": kept}[how]
+            product = math.prod(math.exp(log_ratios[row, s].item()) for s in chosen)
+            limited = product if truncation is None else min(product, truncation)
+            assert weights[row, t].item() == pytest.approx(limited)
+    assert (weights[~mask] == 0).all()
+
+
+def test_importance_weights_by_hand():
+    """ρ = 2, 3, ½ with a hole after the first."""
+    log_ratios = torch.tensor([[2.0, torch.nan, 3.0, 0.5]]).log()
+    mask = torch.tensor([[1, 0, 1, 1]])
+
+    def of(how, truncation=None):
+        weights = importance_weights(log_ratios, mask, how, truncation=truncation)
+        return pytest.approx(weights[0].tolist())
+
+    assert of("token") == [2.0, 0.0, 3.0, 0.5]
+    assert of("prefix") == [2.0, 0.0, 6.0, 3.0]
+    assert of("sequence") == [3.0, 0.0, 3.0, 3.0]
+    assert of("prefix", 5.0) == [2.0, 0.0, 5.0, 3.0], "the product is cut, and not its factors"
+
+
+def test_the_prefix_of_the_last_token_is_the_sequence():
+    _, log_ratios, mask = batch(seed=8, rows=6, tokens=7)
+    prefix, sequence = (importance_weights(log_ratios, mask, how) for how in ("prefix", "sequence"))
+    for row in range(6):
+        last = policy_tokens(mask, row)[-1]
+        assert prefix[row, last].item() == pytest.approx(sequence[row, last].item())
+        assert len(set(sequence[row, mask[row]].tolist())) == 1
+
+
+@pytest.mark.parametrize("how", ["token", "prefix", "sequence"])
+def test_on_policy_every_weight_is_1(how):
+    _, _, mask = batch(seed=9, rows=4, tokens=6)
+    zeros = torch.zeros(4, 6).where(mask, torch.inf)
+    weights = importance_weights(zeros, mask, how, truncation=1.0)
+    assert torch.equal(weights, mask.float())
+
+
+def test_weights_are_finite_where_they_are_cut_and_constants_in_float32():
+    log_ratios = torch.full((1, 300), 1.0, dtype=torch.bfloat16, requires_grad=True)
+    weights = importance_weights(log_ratios, torch.ones(1, 300), "prefix", truncation=2.0)
+    assert weights.dtype == torch.float32 and not weights.requires_grad
+    assert weights[0].tolist() == [2.0] * 300
+    # 300 times 2^-8, whose sum bfloat16 would lose beyond 1.
+    small = torch.full((1, 300), 2**-8, dtype=torch.bfloat16)
+    sequence = importance_weights(small, torch.ones(1, 300), "sequence")
+    assert sequence[0, 0].item() == pytest.approx(math.exp(300 / 256))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 999), st.integers(1, 3), st.integers(1, 9))
+def test_next_values_is_the_loop(seed, rows, tokens):
+    _, values, mask = batch(seed, rows, tokens)
+    after = torch.arange(rows, dtype=torch.float64) - 0.5
+    result = next_values(values, mask, after)
+    for row in range(rows):
+        for t in range(tokens):
+            later = [s for s in policy_tokens(mask, row) if s > t]
+            expected = values[row, later[0]] if later else after[row]
+            assert result[row, t].item() == expected.item()
+
+
+def test_next_values_by_hand():
+    values = torch.tensor([[1.0, torch.nan, 3.0, torch.inf], [torch.nan] * 4])
+    keep = torch.tensor([[True, False, True, False], [False] * 4])
+    result = next_values(values, keep, torch.tensor([9.0, 7.0]))
+    assert result.tolist() == [[3.0, 3.0, 9.0, 9.0], [7.0] * 4]
+    half = next_values(values.bfloat16(), keep, torch.tensor([9.0, 7.0]))
+    assert half.dtype == torch.bfloat16 and half.tolist() == result.tolist()

@@ -125,6 +125,17 @@ def test_the_critic_adapter_shares_the_policys_frozen_weights(train):
     assert all(p.requires_grad == (name in learnt) for name, p in own.items())
 
 
+def test_an_adapter_on_all_linear_layers_is_one_of_the_backbone_too(model_path):
+    policy = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_path),
+        LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    for kind in ("adapter", "model"):
+        critic = make_critic(kind, policy)
+        adapted = [name for name, _ in critic.named_parameters() if "lora_A" in name]
+        assert len(adapted) == 14, "seven linear layers in each of two blocks"
+
+
 def test_a_critic_takes_nothing_from_and_gives_nothing_to_the_policys_gradient(train):
     """Two critics of very different speed, one policy: the values only enter by the advantages."""
     options = {"max_steps": 1, "critic": "adapter"}
