@@ -1,8 +1,8 @@
-"""Seconds a step and peak memory: RWR here against `trl.GRPOTrainer`, in one process, in turn.
+"""Seconds a step and peak memory: each trainer here against `trl.GRPOTrainer`, in turn.
 
-Both train the same model on the same prompts from the same seed. Each repetition
-runs them in turn, A B, B A, A B, …, so that a machine whose speed drifts slows both; the ratio is
-taken pair by pair.
+All train the same model on the same prompts from the same seed, in one process. Each
+repetition runs them in turn, there and back again, so that a machine whose speed drifts slows all;
+the ratio is taken repetition by repetition.
 
     python benchmarks/step_time.py [--repeats 5] [--steps 4] [--model bundled:smollm2-135m-instruct]
 """
@@ -22,22 +22,51 @@ from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig as TRLGRPOConfig
+from trl import GRPOTrainer as TRLGRPOTrainer
 
-from trl_ext import RWRConfig, RWRTrainer
+from trl_ext import (
+    GRPOConfig,
+    GRPOTrainer,
+    PPOConfig,
+    PPOTrainer,
+    ReinforceConfig,
+    ReinforceTrainer,
+    RWRConfig,
+    RWRTrainer,
+)
 from trl_ext.bundled import resolve_model
 from trl_ext.environment import environment
 from trl_ext.tasks import load_splits
 
 RESULTS = Path(__file__).parent / "results" / "step_time.json"
-CASES = {
+IN_REWARD = {
+    "beta": 0.04,
+    "kl_estimator": "k1",
+    "kl_placement": "reward",
+    "kl_is_correction": False,
+}
+CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "rwr": (RWRTrainer, RWRConfig, {}),
     "rwr, fixed reference": (RWRTrainer, RWRConfig, {"reference": "fixed"}),
-    "trl grpo, beta 0": (GRPOTrainer, GRPOConfig, {"beta": 0.0}),
-    "trl grpo, beta 0.04": (GRPOTrainer, GRPOConfig, {"beta": 0.04}),
+    "grpo, k1 in the reward": (GRPOTrainer, GRPOConfig, IN_REWARD),
+    "grpo, exact in both": (
+        GRPOTrainer,
+        GRPOConfig,
+        IN_REWARD | {"kl_estimator": "exact", "kl_placement": "both"},
+    ),
+    "reinforce": (ReinforceTrainer, ReinforceConfig, {"beta": 0.04}),
+    "ppo": (PPOTrainer, PPOConfig, {"beta": 0.04}),
+    "ppo, critic an adapter": (PPOTrainer, PPOConfig, {"beta": 0.04, "critic": "adapter"}),
+    "trl grpo, beta 0": (TRLGRPOTrainer, TRLGRPOConfig, {"beta": 0.0}),
+    "trl grpo, beta 0.04": (TRLGRPOTrainer, TRLGRPOConfig, {"beta": 0.04}),
 }
-# What each is compared with: the same forward passes.
-BASELINE = {"rwr": "trl grpo, beta 0", "rwr, fixed reference": "trl grpo, beta 0.04"}
+# What each is compared with: TRL's with a reference where it has one.
+BASELINE = {
+    case: "trl grpo, beta 0" if case == "rwr" else "trl grpo, beta 0.04"
+    for case in CASES
+    if not case.startswith("trl")
+}
 
 
 class Clock(TrainerCallback):

@@ -170,14 +170,15 @@ class KLTerm:
         if self.args.kl_estimator == "topk":
             of_hidden = partial(topk_kl_of_hidden, k=self.args.kl_topk)
         before = slice(-mask.size(1) - 1, -1)  # the states that predict the completion's tokens
-        kl = of_hidden(
-            hidden[:, before],
-            Head.of(self.trainer.causal_lm),
-            ref_hidden[:, before],
-            ref_head,
-            temperature=self.trainer.temperature,
-            mask=mask,
-        )
+        with self.trainer.accelerator.autocast():  # as the model was projected
+            kl = of_hidden(
+                hidden[:, before],
+                Head.of(self.trainer.causal_lm),
+                ref_hidden[:, before],
+                ref_head,
+                temperature=self.trainer.temperature,
+                mask=mask,
+            )
         limit = self.args.kl_clamp
         return kl if limit is None else kl.clamp(-limit, limit)
 

@@ -35,6 +35,7 @@ FLOORS = (
     ("kl_term",),
     ("trl_adapter",),
     ALGORITHMS,
+    ("oracle_check",),
     ("recipe",),
     ("plan",),
     ("environment",),

@@ -13,16 +13,16 @@ from trl_ext.recipe import read_recipe
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def block(language: str) -> str:
-    """The first code block of a language."""
-    match = re.search(rf"```{language}\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.S)
-    assert match, language
-    return match[1]
+def blocks(language: str) -> list[str]:
+    """The code blocks of a language."""
+    found = re.findall(rf"```{language}\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.S)
+    assert found, language
+    return found
 
 
 def test_the_recipe_is_the_quickstarts(tmp_path):
     """So that a reader who types it sees what the page shows. What it leaves out is listed."""
-    (tmp_path / "mine.yaml").write_text(block("yaml"))
+    (tmp_path / "mine.yaml").write_text(blocks("yaml")[0])
     ours = read_recipe(tmp_path / "mine.yaml").values
     shipped = read_recipe("rwr/quickstart").values
     differs = {key for key in ours.keys() | shipped.keys() if ours.get(key) != shipped.get(key)}
@@ -43,8 +43,8 @@ def test_the_recipe_is_the_quickstarts(tmp_path):
 
 @pytest.mark.slow
 def test_the_python_runs(tmp_path):
-    """On a tiny model, which the bundled one's name is made to stand for."""
-    program = block("python").replace('"bundled:smollm2-135m-instruct"', "tiny")
+    """One block after the other, on a tiny model, which the bundled one's name stands for."""
+    program = "\n".join(blocks("python")).replace('"bundled:smollm2-135m-instruct"', "tiny")
     prelude = (
         "from pathlib import Path\nfrom tests.tiny import save_byte_llama\n"
         f"tiny = save_byte_llama(Path({str(tmp_path / 'tiny')!r}))\n"

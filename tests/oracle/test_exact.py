@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.oracle import brute
+from trl_ext.functional import gae, reward_to_go
 from trl_ext.oracle import (
     exact_gradient,
     expected_reward,
@@ -214,6 +215,80 @@ def test_policy_gradient_in_closed_form(space, model, rewards):
                 for a, p in enumerate(probabilities)
             ]
             assert row == pytest.approx(by_hand, abs=1e-14)
+
+
+def rewards_of_tokens(space):
+    """(2, N, T) random rewards that depend on the prefix up to their token alone; 0 on padding."""
+    of_node = torch.randn(2, 2 * len(space), dtype=torch.float64)
+    return of_node[:, space.nodes[:, 1:]] * space.mask
+
+
+def score_gradient(space, model, credit):
+    """E_π[Σ_t ∇log π(y_t|y_<t) Ψ_t] for credit Ψ (2, N, T), of the mean over the prompts."""
+    logps = space.token_logps(model)
+    weights = logps.sum(-1, keepdim=True).detach().exp()
+    surrogate = (weights * logps * credit).sum() / 2
+    return torch.autograd.grad(surrogate, model.model.table.weight)[0]
+
+
+@pytest.mark.equation("E32", "E33", "E34")
+def test_return_reward_to_go_and_baseline_have_one_gradient(space, model):
+    """∇E[R] is E[Σ_t ∇log π_t Ψ_t] with all of R, with what follows t, and less any b(y_<t)."""
+    rewards = rewards_of_tokens(space)
+    whole = rewards.sum(-1, keepdim=True).expand_as(rewards)
+    to_go = torch.stack([reward_to_go(each, space.mask) for each in rewards])
+    baseline = torch.randn(2, 2 * len(space), dtype=torch.float64)[:, space.nodes[:, :-1]]
+    exact = exact_gradient(lambda p: expected_reward(p, whole[..., 0]), model, space)
+    for credit in (whole, to_go, to_go - baseline, whole - baseline):
+        close(score_gradient(space, model, credit), exact["model.table.weight"])
+    past = whole - to_go
+    assert past.abs().max() > 1 and score_gradient(space, model, past).abs().max() < 1e-12
+    # A token's own reward is no past one, and what knows the token itself is no baseline.
+    knowing = torch.randn(2, 2 * len(space), dtype=torch.float64)[:, space.nodes[:, 1:]]
+    for wrong in (to_go - rewards, to_go - knowing):
+        off = score_gradient(space, model, wrong) - exact["model.table.weight"]
+        assert off.abs().max() > 0.01
+
+
+@pytest.mark.equation("E39", "E43")
+@pytest.mark.parametrize("gamma", [1.0, 0.7])
+def test_the_difference_of_two_policies_is_the_advantages_of_one(space, model, reference, gamma):
+    """J(π) − J(old) = E_π[Σ γ^t A_old], A = Q − V with V by enumeration, J = E[V(s_0)]."""
+    rewards, mask = rewards_of_tokens(space), space.mask
+    discounts = gamma ** torch.arange(mask.size(1), dtype=torch.float64)
+    discounted = rewards * discounts
+    # What was paid before t is no part of V_t.
+    paid = torch.nn.functional.pad(discounted.cumsum(-1), (1, 0))
+    expected = space.expected_values(reference, discounted.sum(-1))
+    values = (expected - paid)[..., :-1] / discounts
+    advantages = torch.stack(
+        [
+            gae(r, v, mask, gamma=gamma, lam=0.0)[0]
+            for r, v in zip(rewards, values.detach(), strict=True)
+        ]
+    )
+    new, old = (space.logps(each).detach() for each in (model, reference))
+    returns = [expected_reward(each, discounted.sum(-1)) for each in (new, old)]
+    close(values[:, 0, 0], returns[1])
+    difference = expected_reward(new, (discounts * advantages).sum(-1))
+    close(difference, returns[0] - returns[1])
+    assert difference.abs().min() > 0.01
+    # V is the mean of Q over the old policy's actions, in each state.
+    for probabilities, of_each in zip(old.exp(), advantages, strict=True):
+        weighted = (probabilities[:, None] * of_each)[mask]
+        of_state = (
+            torch.zeros(len(space)).double().index_add(0, space.nodes[:, :-1][mask], weighted)
+        )
+        assert of_state.abs().max() < 1e-14 and weighted.abs().max() > 0.01
+
+
+@pytest.mark.equation("E39")
+def test_advantages_are_neighbouring_values_of_the_enumeration(space, model, rewards):
+    """With one reward at the end, V_{t+1} − V_t is the one-step advantage."""
+    at_end = rewards[..., None] * (space.mask.cumsum(1) == space.mask.sum(1, keepdim=True))
+    values = space.expected_values(model, rewards).detach()
+    for r, v in zip(at_end * space.mask, values, strict=True):
+        close(v.diff(dim=-1), gae(r, v[:, :-1], space.mask, gamma=1.0, lam=0.0)[0])
 
 
 @pytest.mark.equation("E7")

@@ -10,6 +10,7 @@ from trl_ext.oracle import (
     Enumeration,
     TabularLM,
     TabularLMConfig,
+    absorption,
     ruin_duration,
     ruin_positions,
     ruin_prefix_value,
@@ -42,23 +43,73 @@ def test_closed_forms_against_fractions(p, size):
         assert ruin_duration(k, size, p) == pytest.approx(float(duration), rel=1e-11)
 
 
-@pytest.mark.equation("E52")
+def ruin_chain(size, p):
+    """Steps among 1..S-1, and from them to 0 and to S."""
+    up, down = (torch.full((size - 2,), each, dtype=torch.float64) for each in (p, 1 - p))
+    out = torch.zeros(size - 1, 2, dtype=torch.float64)
+    out[0, 0], out[-1, 1] = 1 - p, p
+    return torch.diag(up, 1) + torch.diag(down, -1), out
+
+
+@pytest.mark.equation("E52", "E54")
 @pytest.mark.parametrize("p", [0.5, 0.3, 0.8])
 def test_closed_forms_against_the_absorbing_chain(p):
-    """With Q the steps among 1..S-1: wins (I-Q)^-1 R, durations (I-Q)^-1 1."""
-    size = 12
-    steps = torch.zeros(size - 1, size - 1, dtype=torch.float64)
-    steps += torch.diag(torch.full((size - 2,), p), 1) + torch.diag(
-        torch.full((size - 2,), 1 - p), -1
-    )
-    to_the_top = torch.zeros(size - 1, dtype=torch.float64)
-    to_the_top[-1] = p
-    system = torch.eye(size - 1) - steps
-    wins = torch.linalg.solve(system, to_the_top).tolist()
-    durations = torch.linalg.solve(system, torch.ones(size - 1, dtype=torch.float64)).tolist()
-    states = range(1, size)
-    assert [ruin_win_probability(k, size, p) for k in states] == pytest.approx(wins)
-    assert [ruin_duration(k, size, p) for k in states] == pytest.approx(durations)
+    """Losses and wins (I-Q)^-1 R, durations (I-Q)^-1 1."""
+    size, states = 12, range(1, 12)
+    ends, durations = absorption(*ruin_chain(size, p), torch.ones(size - 1))
+    wins = [ruin_win_probability(k, size, p) for k in states]
+    assert ends[:, 1].tolist() == pytest.approx(wins)
+    assert ends[:, 0].tolist() == pytest.approx([1 - win for win in wins])
+    assert durations.tolist() == pytest.approx([ruin_duration(k, size, p) for k in states])
+
+
+@pytest.mark.equation("E54")
+def test_absorption_is_where_the_powers_of_the_chain_go():
+    """A random chain of 5 states and 3 ends: P^n, and Σ_n Q^n c step by step."""
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.rand(5, 8, generator=generator, dtype=torch.float64) ** 3
+    steps /= steps.sum(1, keepdim=True)
+    within, out = steps[:, :5], steps[:, 5:]
+    rewards = torch.randn(5, generator=generator, dtype=torch.float64)
+    ends, totals = absorption(within, out, rewards)
+    whole = torch.eye(8, dtype=torch.float64)
+    whole[:5] = steps
+    far = torch.linalg.matrix_power(whole, 10_000)
+    torch.testing.assert_close(far[:5], torch.cat([torch.zeros_like(within), ends], dim=1))
+    place, collected = torch.eye(5, dtype=torch.float64), torch.zeros_like(rewards)
+    for _ in range(2000):
+        collected, place = collected + place @ rewards, place @ within
+    assert place.max() < 1e-12
+    torch.testing.assert_close(totals, collected)
+
+
+@pytest.mark.equation("E54")
+def test_absorption_by_hand():
+    """A coin until the first head, 3 in all if it lands on its edge, one time in ten.
+
+    From the one state: 0.4 again, 0.5 head, 0.1 edge. Ends 5/6 and 1/6, 1/0.6 tosses; the expected
+    reward of a toss is 0.3, so 0.5 in all.
+    """
+    out = torch.tensor([[0.5, 0.1]], dtype=torch.float64)
+    ends, total = absorption(1 - out.sum(1, keepdim=True), out, torch.tensor([0.3]))
+    assert ends[0].tolist() == pytest.approx([5 / 6, 1 / 6])
+    assert total.item() == pytest.approx(0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("within", "out", "says"),
+    [
+        ([[0.5]], [[0.4]], r"sum to 1, got sums \[0.9"),
+        ([[1.5]], [[-0.5]], r"a least entry of -0.5"),
+        # 1 and 2 lead to each other for ever; their block of I - Q is singular but for rounding.
+        ([[0.5, 0.2, 0.1], [0, 0.3, 0.7], [0, 0.6, 0.4]], [[0.2], [0], [0]], r"states \[1, 2\]"),
+        ([[1.0]], [[0.0]], r"states \[0\]"),
+    ],
+)
+def test_a_chain_that_is_none_or_never_ends_is_refused(within, out, says):
+    q, r = (torch.tensor(each, dtype=torch.float64) for each in (within, out))
+    with pytest.raises(ValueError, match=says):
+        absorption(q, r, torch.ones(len(q)))
 
 
 def test_large_games_do_not_overflow():

@@ -31,6 +31,7 @@ COMMANDS = {
     "ls": "List the shipped recipes.",
     "cp": "Copy a shipped recipe, to change it.",
     "kl-table": "Grade every KL penalty exactly, your own too.",
+    "oracle-check": "Train the trainers side by side where the optimum is known exactly.",
     "env": "Print versions and devices, for a bug report.",
 }
 _TAKE_OVERRIDES = ("train", "validate", "show")

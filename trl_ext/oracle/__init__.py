@@ -10,6 +10,7 @@ The judge of every algorithm in trl_ext. Importing it registers `TabularLM` with
     model.load_table(space.table_of(target))  # now distance is 0
 """
 
+from trl_ext.oracle.chain import absorption
 from trl_ext.oracle.enumeration import Enumeration
 from trl_ext.oracle.exact import (
     exact_gradient,
@@ -36,6 +37,7 @@ __all__ = [
     "TabularLM",
     "TabularLMConfig",
     "TabularModel",
+    "absorption",
     "exact_gradient",
     "expected_reward",
     "gibbs_logps",

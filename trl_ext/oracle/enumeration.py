@@ -91,7 +91,11 @@ class Enumeration:
         return logps[:, rows, self.tokens].masked_fill(~self.mask, 0.0)
 
     def logps(self, policy: Policy) -> Tensor:
-        """log π(y|x) of each completion, (P, N) nats; their exponentials sum to 1 over N."""
+        """log π(y|x) of each completion, (P, N) nats; their exponentials sum to 1 over N.
+
+        Equation E31: a step adds its token to the prefix for certain, so that the product over
+        tokens is all there is.
+        """
         return self.token_logps(policy).sum(-1)
 
     def rewards(self, reward: Callable[[int, list[int]], float]) -> Tensor:
@@ -128,7 +132,9 @@ class Enumeration:
         """E_π[r | y_≤t] for t = 0..T, (P, N, T+1), in units of the reward: a critic's target.
 
         Index t is the value V after t tokens, r once the completion has ended (Equation E39 with
-        no reward before the end and no discount).
+        no reward before the end and no discount). Neighbours differ by the advantage A = Q − V, and
+        E of the advantages' sum under another policy is by how much that policy is better (Equation
+        E43).
         """
         logps = self.logits(policy).log_softmax(-1)
         leaves = self._of_each_prompt(rewards)
