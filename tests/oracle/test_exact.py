@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.oracle import brute
-from trl_ext.functional import gae, reward_to_go
+from trl_ext.functional import gae, k3, reward_to_go
 from trl_ext.oracle import (
     exact_gradient,
     expected_reward,
@@ -289,6 +289,18 @@ def test_advantages_are_neighbouring_values_of_the_enumeration(space, model, rew
     values = space.expected_values(model, rewards).detach()
     for r, v in zip(at_end * space.mask, values, strict=True):
         close(v.diff(dim=-1), gae(r, v[:, :-1], space.mask, gamma=1.0, lam=0.0)[0])
+
+
+@pytest.mark.equation("E46")
+def test_k3_of_old_samples_is_the_penalty_of_ppo(space, model, reference):
+    """E_old[Σ_t k3(π_old, π)] is KL(π_old‖π) of sequences, and so is its gradient."""
+    old_logps = space.token_logps(reference).detach()
+    weights = old_logps.sum(-1).exp()
+    ours = (weights * (k3(old_logps, space.token_logps(model)) * space.mask).sum(-1)).sum(-1)
+    close(ours, kl_divergence(old_logps.sum(-1), space.logps(model)))
+    (gradient,) = torch.autograd.grad(ours.mean(), model.model.table.weight)
+    exact = exact_gradient(lambda p: kl_divergence(old_logps.sum(-1), p), model, space)
+    close(gradient, exact["model.table.weight"])
 
 
 @pytest.mark.equation("E7")

@@ -85,10 +85,9 @@ def test_absorption_is_where_the_powers_of_the_chain_go():
 
 @pytest.mark.equation("E54")
 def test_absorption_by_hand():
-    """A coin until the first head, 3 in all if it lands on its edge, one time in ten.
+    """A coin tossed while it shows tails, 0.4: heads 0.5, its edge 0.1, which is worth 3.
 
-    From the one state: 0.4 again, 0.5 head, 0.1 edge. Ends 5/6 and 1/6, 1/0.6 tosses; the expected
-    reward of a toss is 0.3, so 0.5 in all.
+    The ends 5/6 and 1/6 after 1/0.6 tosses; a toss is worth 0.3, all of them 3/6.
     """
     out = torch.tensor([[0.5, 0.1]], dtype=torch.float64)
     ends, total = absorption(1 - out.sum(1, keepdim=True), out, torch.tensor([0.3]))

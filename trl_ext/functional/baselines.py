@@ -41,7 +41,7 @@ def baseline(
 ) -> Tensor:
     """What each completion's return is compared with, at each position.
 
-    Source: Williams (1992); "leave_one_out" Kool et al. (2019), "Buy 4 REINFORCE samples, get a
+    Source: Williams (1992), Equation E34; "leave_one_out" Kool et al. (2019), "Buy 4 REINFORCE samples, get a
     baseline for free!"; "optimal" Equation E35, Greensmith et al. (2004).
 
     - "none": 0.

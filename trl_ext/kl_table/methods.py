@@ -74,14 +74,30 @@ def _low_var_kl(samples: Samples) -> Tensor:
     return (difference.exp() - difference - 1).clamp(-10, 10)
 
 
-def _straight_through(formula: Formula) -> Formula:
-    """verl's "+": the value of a formula with the gradient of k2."""
+def _straight_through(formula: Formula, slope: Formula) -> Formula:
+    """The value of one formula with the gradient of another."""
 
-    def value_with_gradient_of_k2(samples: Samples) -> Tensor:
-        backward = k2(samples.logps, samples.ref_logps)
+    def value_with_gradient(samples: Samples) -> Tensor:
+        backward = slope(samples)
         return formula(samples).detach() + backward - backward.detach()
 
-    return value_with_gradient_of_k2
+    return value_with_gradient
+
+
+def _plus(formula: Formula) -> Formula:
+    """verl's "+": the gradient is that of k2."""
+    return _straight_through(formula, _sampled(k2))
+
+
+def _unbiased_gradient(formula: Formula) -> Formula:
+    """OpenRLHF's option of that name: the gradient is min(ρ, 10)·k1·∇log π.
+
+    Source: `compute_approx_kl` and `KL_IS_WEIGHT_CLIP` of openrlhf/models/utils.py, since its pull
+    request 1309. ρ is a token's own ratio and a constant; the value stays that of the formula.
+    """
+    return _straight_through(
+        formula, lambda s: s.ratio.detach().clamp(max=10.0) * k2(s.logps, s.ref_logps)
+    )
 
 
 def _clamped(estimate, limit: float = 10.0) -> Formula:
@@ -115,14 +131,17 @@ OTHERS = [
     Method("abs", "verl", _absolute, "loss"),
     Method("mse", "verl", _sampled(k2), "loss"),
     Method("low_var_kl", "verl", _low_var_kl, "loss"),
-    Method("kl+", "verl", _straight_through(_sampled(k1)), "loss"),
-    Method("abs+", "verl", _straight_through(_absolute), "loss"),
-    Method("mse+", "verl", _straight_through(_sampled(k2)), "loss"),
-    Method("low_var_kl+", "verl", _straight_through(_low_var_kl), "loss"),
+    Method("kl+", "verl", _plus(_sampled(k1)), "loss"),
+    Method("abs+", "verl", _plus(_absolute), "loss"),
+    Method("mse+", "verl", _plus(_sampled(k2)), "loss"),
+    Method("low_var_kl+", "verl", _plus(_low_var_kl), "loss"),
     Method("kl in the reward", "verl", _at_rollout(k1), "reward"),
     Method("k1 in the reward", "OpenRLHF", _at_rollout(k1), "reward"),
     Method("k2 in the loss", "OpenRLHF", _sampled(k2), "loss"),
     Method("k3 in the loss", "OpenRLHF", _sampled(k3), "loss"),
+    Method("k1, unbiased_gradient", "OpenRLHF", _unbiased_gradient(_clamped(k1)), "loss"),
+    Method("k2, unbiased_gradient", "OpenRLHF", _unbiased_gradient(_clamped(k2)), "loss"),
+    Method("k3, unbiased_gradient", "OpenRLHF", _unbiased_gradient(_clamped(k3)), "loss"),
     Method("k1 in the loss, clamp ±10", "others", _clamped(k1), "loss"),
     Method("k3 in the loss, clamp ±10", "others", _clamped(k3), "loss"),
 ]

@@ -347,3 +347,27 @@ def test_a_reward_that_still_runs_is_named_once(caplog, monkeypatch):
         call(guarded(reward, "mine"))
         call(returns([1, 2, 3]))
     assert caplog.text.count("still runs") == 1
+
+
+def test_one_number_a_token_counts_by_its_sum_and_is_kept():
+    reward = guarded(lambda **_: [[0.5, 0.25], 1.0, None, torch.tensor([1.0])], "dense")
+    ids = [[4, 5], [6], [7], [8]]
+    values = reward(prompts=["p"] * 4, completions=["a"] * 4, completion_ids=ids)
+    assert values == [0.75, 1.0, None, 1.0]
+    assert reward.checked.token_rewards == {0: [0.5, 0.25], 3: [1.0]}
+
+
+@pytest.mark.parametrize(
+    ("returned", "says"),
+    [
+        ([[0.5]], r"'dense' returned 1 numbers for a completion of 2 tokens. Sample 0 of 1"),
+        ([[0.5, math.nan]], r"returned nan, which is not a number"),
+        ([[0.5, None]], r"returned None, which is a NoneType"),
+        ([[[0.5], [0.5]]], r"returned \[0.5\], which is a list"),
+    ],
+)
+def test_one_number_a_token_that_is_not(returned, says):
+    with pytest.raises(RewardError, match=says):
+        guarded(lambda **_: returned, "dense")(
+            prompts=["p"], completions=["a"], completion_ids=[[4, 5]]
+        )
