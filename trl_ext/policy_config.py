@@ -204,6 +204,17 @@ class OwnLossConfig(PolicyConfig):
         "vllm_importance_sampling_mode": "it corrects TRL's surrogate, which is not used here",
     }
 
+    def findings(self) -> list[str]:
+        """What is wrong with these options, a line each; together, once each has its type."""
+        by_loss = self.metric_for_best_model in (None, "loss", "eval_loss")
+        found = super().findings()
+        if self.load_best_model_at_end and by_loss:
+            found.append(
+                "  load_best_model_at_end needs metric_for_best_model: eval_reward and "
+                "greater_is_better: true; this trainer's loss says nothing on fresh samples."
+            )
+        return found
+
 
 @dataclass
 class PolicyGradientConfig(OwnLossConfig):

@@ -408,6 +408,11 @@ class PolicyTrainer(TRLGRPOTrainer):
         if checkpoint is not None:
             self.restore(Path(checkpoint))
 
+    def _load_best_model(self):
+        super()._load_best_model()
+        if self.state.best_model_checkpoint is not None:
+            self.restore(Path(self.state.best_model_checkpoint))
+
     def _get_train_sampler(self, dataset=None):
         self._train_sampler = super()._get_train_sampler(dataset)
         return self._train_sampler

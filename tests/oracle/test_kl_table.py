@@ -63,6 +63,8 @@ def test_the_formulas_of_others_are_what_they_amount_to():
     assert parts["verl", "kl"] == "zero"
     straight_through = [part for (_, name), part in parts.items() if name.endswith("+")]
     assert straight_through == ["per step"] * 4
+    corrected = [m for m in OTHERS if m.name.endswith("unbiased_gradient")]
+    assert [(ON.grade(m).part, OFF.grade(m).part) for m in corrected] == [("per step",) * 2] * 3
 
 
 def test_the_clamps_of_others_bite():
@@ -76,6 +78,22 @@ def test_the_clamps_of_others_bite():
     assert methods["others", "k1 in the loss, clamp ±10"](of_far).tolist() == [[10.0, -10.0]]
     plus = methods["verl", "low_var_kl+"](of_far)
     assert plus.tolist() == [[10.0, 10.0]]
+
+
+@pytest.mark.parametrize(("name", "value"), [("k1", 2.0), ("k2", 2.0), ("k3", math.exp(-2) + 1)])
+def test_openrlhfs_unbiased_gradient_by_hand(name, value):
+    """log π/π_ref = 2 and 12, ρ = 3 and 20: gradients 3·2 and 10·12; values as of the estimate."""
+    logps = torch.tensor([[2.0, 12.0]], dtype=torch.float64, requires_grad=True)
+    old_logps = (logps - torch.tensor([[3.0, 20.0]]).log()).detach()
+    samples = ON.samples(ON.table, ON.old_table)
+    fields = {"logps": logps, "old_logps": old_logps, "ref_logps": torch.zeros(1, 2)}
+    methods = {(m.source, m.name): m.formula for m in OTHERS}
+    values = methods["OpenRLHF", f"{name}, unbiased_gradient"](
+        type(samples)(**vars(samples) | fields)
+    )
+    assert values.tolist()[0] == pytest.approx([value, 10.0])
+    (gradient,) = torch.autograd.grad(values.sum(), logps)
+    assert gradient.tolist()[0] == pytest.approx([6.0, 120.0])
 
 
 @pytest.mark.equation("E29", "E30")

@@ -75,13 +75,15 @@ class PPOTrainer(PolicyTrainer):
         self.add_callback(_CriticSteps(self))
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """As transformers, with the critic's parameters as a group of their own."""
-        is_new = self.optimizer is None
+        """As transformers, with the critic's parameters as a group of their own.
+
+        One that was given to the trainer gets that group too.
+        """
         optimizer = super().create_optimizer(model)
-        if is_new:
-            optimizer.add_param_group(
-                {"params": self.critic.trained(), "lr": self.args.critic_learning_rate}
-            )
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        critic = self.critic.trained()
+        if id(critic[0]) not in known:
+            optimizer.add_param_group({"params": critic, "lr": self.args.critic_learning_rate})
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

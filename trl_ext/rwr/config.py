@@ -124,15 +124,6 @@ class RWRConfig(OwnLossConfig):
             )
         if self.reference == "fixed":
             findings += self._sampler_is_not_the_policy()
-        if self.load_best_model_at_end and self.metric_for_best_model in (
-            None,
-            "loss",
-            "eval_loss",
-        ):
-            findings.append(
-                "  load_best_model_at_end needs metric_for_best_model: eval_reward and "
-                "greater_is_better: true; a regression has no loss on fresh samples."
-            )
         if self.reward_samples < 1:
             findings.append(f"  reward_samples={self.reward_samples!r} must be at least 1.")
         for name, allowed in (

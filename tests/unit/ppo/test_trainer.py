@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerCallback
 
-from tests.tiny import QUIET, count_a, prompts, save_tiny_llama
+from tests.tiny import QUIET, VOCABULARY, count_a, prompts, save_tiny_llama
 from trl_ext.errors import ConfigError, RunError
+from trl_ext.oracle import tabular_tokenizer
 from trl_ext.ppo import PPOConfig, PPOTrainer
 
 
@@ -46,7 +48,8 @@ def make(model_path, tmp_path):
             "max_steps": 1,
         }
         args = PPOConfig(str(tmp_path / "out"), **(settings | options))
-        return Spy(model_path, reward, args, prompts(), callbacks=callbacks)
+        held_out = prompts(8) if args.eval_strategy != "no" else None
+        return Spy(model_path, reward, args, prompts(), held_out, callbacks=callbacks)
 
     return build
 
@@ -163,6 +166,43 @@ def test_a_critic_that_diverges_stops_the_run_by_name(make):
         trainer.critic.head.bias.fill_(torch.inf)
     with pytest.raises(RunError, match="critic's gradient in step 1 is not finite"):
         trainer.train()
+
+
+def test_an_optimizer_given_by_hand_trains_the_critic_too(model_path, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    settings: dict[str, Any] = QUIET | {"per_device_train_batch_size": 8, "max_steps": 2}
+    trainer = PPOTrainer(
+        model,
+        lambda completions, **_: [1.0] * len(completions),
+        PPOConfig(str(tmp_path), num_generations=1, beta=0.0, **settings),
+        prompts(),
+        processing_class=tabular_tokenizer(VOCABULARY),
+        optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None),
+    )
+    trainer.train()
+    assert (trainer.critic.head.bias != 0).all()
+
+
+def test_the_best_checkpoint_brings_its_critic(make, tmp_path):
+    """The reward falls by itself from evaluation to evaluation: the first is the best."""
+    calls = iter(range(1000))
+    trainer = make(
+        lambda completions, **_: [-float(next(calls))] * len(completions),
+        max_steps=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        per_device_eval_batch_size=8,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_reward",
+        greater_is_better=True,
+    )
+    trainer.train()
+    first = load_file(tmp_path / "out" / "checkpoint-1" / "critic" / "head.safetensors")
+    last = load_file(tmp_path / "out" / "checkpoint-3" / "critic" / "head.safetensors")
+    assert torch.equal(trainer.critic.head.weight, first["weight"])
+    assert not torch.equal(first["weight"], last["weight"])
 
 
 @pytest.mark.parametrize(
