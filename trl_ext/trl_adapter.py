@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerState
 from trl import GRPOTrainer as TRLGRPOTrainer
 
@@ -89,7 +90,6 @@ class PolicyTrainer(TRLGRPOTrainer):
         self.kl = KLTerm(args, self)
         if not trl_arguments.get("environment_factory"):
             check_datasets(train_dataset, eval_dataset)
-        self._check_reference(model, args, trl_arguments)
         with self._reference_only_if_used(args):
             super().__init__(
                 model,
@@ -100,6 +100,7 @@ class PolicyTrainer(TRLGRPOTrainer):
                 *positional,
                 **trl_arguments,
             )
+        self._check_reference(model)
         self._rewards_per_func: Tensor | None = None
         self._evaluation_rewards: list[Tensor] = []
         # Log-probabilities and readout of each scoring pass since the last rollout or loss.
@@ -435,22 +436,27 @@ class PolicyTrainer(TRLGRPOTrainer):
     def _replaces_loss(self) -> bool:
         return type(self).policy_loss is not PolicyTrainer.policy_loss
 
-    def _check_reference(self, model: Any, args: PolicyConfig, arguments: dict[str, Any]) -> None:
+    def _check_reference(self, before: Any) -> None:
         """TRL re-reads the reference of full fine-tuning from disk, whatever became of the model.
 
         Raises:
-            ConfigError: if that would be another model than the policy before training.
+            ConfigError: if that is another model than the policy, given as an object.
         """
-        adapted = arguments.get("peft_config") is not None or hasattr(model, "peft_config")
-        if not self._replaces_loss or isinstance(model, str) or adapted:
+        if isinstance(before, str) or self.ref_model is None:
             return
-        if self.uses_reference(args):
-            raise ConfigError(
-                "A reference model is asked for, and the policy was given as an object: TRL would "
-                "load the reference from the policy's name, with other weights if they were "
-                "changed since. Save the policy and give its path, or train an adapter "
-                "(peft_config), whose reference is the model without it."
-            )
+        reference = dict(self.accelerator.unwrap_model(self.ref_model).named_parameters())
+        for name, weight in self.accelerator.unwrap_model(self.model).named_parameters():
+            theirs = reference.get(name)
+            # What is spread over processes is not compared.
+            if theirs is None or theirs.shape != weight.shape or isinstance(weight, DTensor):
+                continue
+            if not torch.equal(theirs.to(weight), weight):
+                raise ConfigError(
+                    "A reference model is asked for, and the policy was given as an object: TRL "
+                    f"read the reference from {before.config._name_or_path!r}, and its weights "
+                    f"differ ({name} is the first). Save the policy and give its path, or train an "
+                    "adapter (peft_config), whose reference is the model without it."
+                )
 
     def _own_config(self, model: Any, args: PolicyConfig | None) -> PolicyConfig:
         if args is None:

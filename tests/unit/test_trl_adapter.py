@@ -251,6 +251,11 @@ def test_several_evaluation_sets_by_name(model_path, tmp_path):
 
 def test_a_reference_that_would_be_another_model_is_refused(model_path, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(model_path)
-    with pytest.raises(ConfigError, match="Save the policy and give its path"):
-        make(model, tmp_path, trainer=RWRTrainer, log_kl=True)
-    make(model, tmp_path, trainer=RWRTrainer)  # needs none
+    make(model, tmp_path, beta=0.1)  # as it is on disk
+    make(model.bfloat16().float(), tmp_path, trainer=RWRTrainer)  # needs none
+    for trainer, options in ((PolicyTrainer, {"beta": 0.1}), (RWRTrainer, {"log_kl": True})):
+        with pytest.raises(ConfigError, match=r"q_proj.*Save the policy and give its path"):
+            changed = AutoModelForCausalLM.from_pretrained(model_path)
+            with torch.no_grad():
+                changed.model.layers[1].self_attn.q_proj.weight[0, 0] += 1e-3
+            make(changed, tmp_path, trainer=trainer, **options)

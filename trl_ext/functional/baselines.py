@@ -41,8 +41,8 @@ def baseline(
 ) -> Tensor:
     """What each completion's return is compared with, at each position.
 
-    Source: Williams (1992), Equation E34; "leave_one_out" Kool et al. (2019), "Buy 4 REINFORCE samples, get a
-    baseline for free!"; "optimal" Equation E35, Greensmith et al. (2004).
+    Source: Williams (1992), Equation E34; "leave_one_out" Kool et al. (2019), "Buy 4 REINFORCE
+    samples, get a baseline for free!"; "optimal" Equation E35, Greensmith et al. (2004).
 
     - "none": 0.
     - "batch": the mean over all prompts and completions; itself included, so that the expected
