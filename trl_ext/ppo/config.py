@@ -116,23 +116,20 @@ class PPOConfig(PolicyGradientConfig):
         ]
 
     def _without_effect(self) -> list[str]:
-        found = []
+        """Options that would do nothing, or do harm with others."""
         assert self.steps_per_generation is not None
-        # The first step on a rollout is taken at the old policy, where its KL and gradient are 0.
-        if self.gradient_accumulation_steps % (self.steps_per_generation * self.num_iterations):
-            several = True
-        else:
-            several = False
-        for name, wanted in (
-            ("surrogate='penalty'", self.surrogate == "penalty"),
-            (f"early_stop_kl={self.early_stop_kl!r}", self.early_stop_kl is not None),
-        ):
-            if wanted and not several:
-                found.append(
-                    f"  {name} does nothing with one step a rollout: the policy is still the old "
-                    "one. Raise num_iterations, or steps_per_generation above "
-                    "gradient_accumulation_steps."
-                )
+        uses = self.steps_per_generation * self.num_iterations
+        one_step = self.gradient_accumulation_steps % uses == 0
+        found = [
+            f"  {name}={getattr(self, name)!r} does nothing with one step a rollout: the policy is "
+            "still the old one. Raise num_iterations, or steps_per_generation above "
+            "gradient_accumulation_steps."
+            for name, is_wanted in (
+                ("surrogate", self.surrogate == "penalty"),
+                ("early_stop_kl", self.early_stop_kl is not None),
+            )
+            if one_step and is_wanted
+        ]
         if self.early_stop_kl is not None and self.fp16:
             found.append(
                 "  early_stop_kl leaves steps without gradient, which fp16's gradient scaler does "

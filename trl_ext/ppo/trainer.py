@@ -1,5 +1,6 @@
 """PPO on top of TRL's generation, reward and logging machinery."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -70,7 +71,8 @@ class PPOTrainer(PolicyTrainer):
             for parameter in self.critic.trained():
                 parameter.copy_(cast(Tensor, broadcast(parameter.detach())))
         self.old_kl = KLController("adaptive", args.old_kl_coef, args.old_kl_target)
-        self._old_kl_sums = torch.zeros(2)
+        # KL(π_old‖π), clipped tokens, tokens: of the micro-batches of one step.
+        self._counted = torch.zeros(3)
         self._last_old_kl = float("nan")
         self.add_callback(_CriticSteps(self))
 
@@ -111,14 +113,11 @@ class PPOTrainer(PolicyTrainer):
         rewards = self.token_rewards(rollout, unfinished=cut_off)
         # What would follow the last token; it counts where the completion was cut off.
         following = (values[:, 1:] * rollout.last_tokens).sum(1) * cut_off
-        advantages, _ = gae(
-            rewards, values[:, :-1], mask, gamma=self.args.gamma, lam=self.args.lam,
-            last_values=following,
-        )  # fmt: skip
-        _, returns = gae(
-            rewards, values[:, :-1], mask, gamma=self.args.gamma, lam=self.args.critic_lam,
-            last_values=following,
-        )  # fmt: skip
+        of_lambda = partial(
+            gae, rewards, values[:, :-1], mask, gamma=self.args.gamma, last_values=following
+        )
+        advantages, _ = of_lambda(lam=self.args.lam)
+        _, returns = of_lambda(lam=self.args.critic_lam)
         scored = rollout.local(~rollout.rewards_PG.isnan())[:, None] * mask
         self._log_fit(values[:, :-1], returns, scored, rollout)
         rollout.batch["returns"], rollout.batch["old_values"] = returns, values[:, :-1]
@@ -131,10 +130,7 @@ class PPOTrainer(PolicyTrainer):
     def policy_loss(self, micro_batch: MicroBatch) -> Tensor:
         logps, old_logps = micro_batch.per_token_logps, micro_batch.old_per_token_logps
         old_kl = k3(old_logps, logps)  # of π_old's samples: unbiased for KL(π_old‖π)
-        self._old_kl_sums = self._old_kl_sums.to(logps.device) + torch.stack(
-            [masked_sum(old_kl.detach().flatten(), micro_batch.mask.flatten()),
-             micro_batch.mask.sum()]
-        )  # fmt: skip
+        self._count(old_kl, micro_batch)
         is_clip = self.args.surrogate == "clip"
         per_token = clipped_surrogate(
             logps,
@@ -154,6 +150,16 @@ class PPOTrainer(PolicyTrainer):
         )
         return per_token + of_values * batch["scored"]
 
+    def _count(self, old_kl: Tensor, micro_batch: MicroBatch) -> None:
+        """Add this step's tokens: their KL(π_old‖π), and how many the clip gives no gradient."""
+        ratio, credit = micro_batch.log_ratios.exp(), micro_batch.credit
+        is_clipped = ((ratio < 1 - self.epsilon_low) & (credit < 0)) | (
+            (ratio > 1 + self.epsilon_high) & (credit > 0)
+        )
+        each = torch.stack([old_kl.detach(), is_clipped.float(), torch.ones_like(ratio)])
+        sums = masked_sum(each, micro_batch.mask).sum(-1)
+        self._counted = self._counted.to(sums) + sums
+
     def after_gradients(self) -> None:
         """Share the critic's gradients and clip them; leave the rollout if π is far from π_old."""
         for parameter in self.critic.trained():
@@ -166,12 +172,15 @@ class PPOTrainer(PolicyTrainer):
                 "weights are as they were before it. A lower critic_learning_rate is the usual "
                 "cure; a reward of extreme size is another cause."
             )
-        total, count = self.accelerator.reduce(self._old_kl_sums.to(self.args.device)).tolist()
-        self._old_kl_sums = torch.zeros(2)
-        if not count:
+        counted = self.accelerator.reduce(self._counted.to(self.args.device))
+        self._counted = torch.zeros(3)
+        old_kl, clipped, tokens = counted.tolist()
+        if not tokens:
             return
-        self._last_old_kl = total / count
+        self._last_old_kl = old_kl / tokens
         self.log_metric("ppo/old_kl", self._last_old_kl)
+        if self.args.surrogate == "clip":
+            self.log_metric("ppo/clip_fraction", clipped / tokens)
         stop = self.args.early_stop_kl
         if stop is not None and self._last_old_kl > stop:
             self.end_rollout()

@@ -160,10 +160,10 @@ def test_where_all_are_dropped_there_is_no_baseline(how):
 
 
 def test_others_whose_weight_is_rounding_do_not_count():
-    """In float32, 1 + 1e-9 − 1 is 0 and 3·1 + 5e-9 − 3 is whatever was rounded."""
-    returns = torch.tensor([[[3.0], [5.0], [7.0]]])
-    result = baseline(returns, "optimal", weights=torch.tensor([[1.0, 1e-9, 0.0]]))
-    assert result.flatten().tolist() == pytest.approx([0.0, 3.0, 3.0])
+    """1 + 8e-8 − 1 is 1.2e-7 in float32, and 3 + 8e-8·500 − 3 no better: their ratio is not 500."""
+    returns = torch.tensor([[[3.0], [500.0], [7.0]]])
+    result = baseline(returns, "optimal", weights=torch.tensor([[1.0, 8e-8, 0.0]]))
+    assert result.flatten().tolist() == pytest.approx([0.0, 3.0, 3.0], rel=1e-4)
 
 
 def test_half_precision_returns_are_averaged_in_float32():

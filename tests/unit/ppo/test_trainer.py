@@ -232,3 +232,14 @@ def test_several_findings_are_told_at_once(tmp_path):
     wrong: dict[str, Any] = QUIET | {"gamma": 2.0, "lam": 3.0}
     with pytest.raises(ConfigError, match=r"(?s)gamma=2.*lam=3"):
         PPOConfig(str(tmp_path), **wrong)
+
+
+def test_what_is_logged(make):
+    trainer = make(num_iterations=2, max_steps=4, learning_rate=0.05)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "ppo/old_kl" in log]
+    old_kl, clipped = ([log[f"ppo/{name}"] for log in logs] for name in ("old_kl", "clip_fraction"))
+    assert old_kl[0] == old_kl[2] == 0 and clipped[0] == clipped[2] == 0, "first uses of a rollout"
+    assert old_kl[1] > 0 and 0 < clipped[1] <= 1
+    assert all("kl/sequence" in log for log in logs)
+    assert all("ppo/value_error" in logs[i] for i in (0, 2)), "once a rollout"
