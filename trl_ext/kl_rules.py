@@ -105,7 +105,9 @@ def _soundness(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         "nothing is known of its gradient",
         f"`trl_ext kl-table --method {estimator} --placement {placement}` to see what it does",
     )
-    why, instead = UNSOUND.get((estimator, placement, corrected), unknown)
+    # The top k are no better where they enter by the reward.
+    known = ("topk", "loss", False) if estimator == "topk" else (estimator, placement, corrected)
+    why, instead = UNSOUND.get(known, unknown)
     return [
         (
             "kl_estimator",

@@ -252,6 +252,9 @@ class PolicyGradientConfig(OwnLossConfig):
     num_generations: int | None = field(
         default=8, metadata={"help": "Completions of a prompt, 1 or more.", "least": 1}
     )
+    scale_rewards: str = field(
+        default="none", metadata={"help": "Not used: beta is in reward units."}
+    )
     gamma: float = field(default=1.0, metadata={"help": "Discount a token, between 0 and 1."})
     loss_type: Literal["dr_grpo", "luspo", "grpo", "bnpo", "dapo"] = field(
         default="dr_grpo",

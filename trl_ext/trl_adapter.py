@@ -465,10 +465,11 @@ class PolicyTrainer(TRLGRPOTrainer):
                 f"{os.path.basename(name)}-{type(self).__name__.removesuffix('Trainer')}"
             )
         if not isinstance(args, self.config_class):
+            config, package = self.config_class.__name__, type(args).__module__.partition(".")[0]
             raise ConfigError(
-                f"{type(self).__name__} takes args of type {self.config_class.__name__}, got "
-                f"{type(args).__name__}. Build it as trl_ext.{self.config_class.__name__}(...): it "
-                "has the same fields and adds its own."
+                f"{type(self).__name__} takes args of type {config}, got {type(args).__name__} of "
+                f"{package}. Build it as trl_ext.{config}(...): it has the same fields and adds "
+                "its own."
             )
         return args
 

@@ -86,6 +86,11 @@ def test_what_is_unsound_is_refused_with_a_way_out_that_is_not(combination):
         ),
         ({"kl_placement": "both"}, "kl_placement", "both is for kl_estimator: exact"),
         ({"kl_estimator": "exact"}, "kl_is_correction", "would only add variance"),
+        (
+            {"kl_estimator": "topk", "kl_placement": "both", "kl_is_correction": False},
+            "kl_estimator",
+            "a lower bound, and so is its gradient. Use kl_estimator: exact",
+        ),
         ({"kl_topk": 0}, "kl_topk", "must be greater than 0"),
         ({"kl_estimator": "mine"}, "kl_estimator", "kl-table --method mine --placement loss"),
     ],

@@ -27,14 +27,17 @@ class PPOConfig(PolicyGradientConfig):
         old_kl_coef: that coefficient to begin with, in units of the advantage.
         old_kl_target: KL(π_old‖π) a token that it aims at, nats.
         early_stop_kl: take no more steps on a rollout once KL(π_old‖π) a token is above this, nats;
-            the step that finds it so is not taken either. None: take them all.
+            the step that finds it so is not taken either. Steps that are left out count, for
+            `max_steps` and the learning rate's schedule. None: take them all.
         critic: what values states. "head": a linear head on the policy's own hidden states, no
             forward pass more. "adapter": such a head on the policy's frozen weights with a LoRA
             adapter of its own. "model": a model of its own, with a LoRA adapter if the policy has
             one.
         critic_model_name_or_path: what the critic begins as: a reward model (for sequence
-            classification, one label), the `critic` folder of an earlier run, or for "model" any
-            model. None: the policy's weights under a head that says 0.
+            classification, one label), its LoRA adapter, the `critic` folder of an earlier run, or
+            for "model" any model. "head" takes only the head of a reward model, and so does
+            "adapter" of one that is not an adapter itself. None: the policy's weights under a head
+            that says 0.
         critic_learning_rate: of the critic; the schedule is the policy's.
         critic_lam: λ of its targets (Equation E41): 1 is the Monte-Carlo return, 0 the bootstrapped
             reward plus next value.
@@ -44,6 +47,9 @@ class PPOConfig(PolicyGradientConfig):
             off, in place of a reward for it as it stands. Off: its end is its end.
     """
 
+    num_generations: int | None = field(
+        default=1, metadata={"help": "Completions of a prompt, 1 or more.", "least": 1}
+    )
     lam: float = field(
         default=0.95, metadata={"help": "Lambda of the advantages, between 0 and 1."}
     )

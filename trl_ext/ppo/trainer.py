@@ -13,8 +13,8 @@ from trl_ext.errors import ConfigError, RunError
 from trl_ext.functional import clipped_surrogate, gae, k3, masked_moments, masked_sum, value_loss
 from trl_ext.kl_penalty import KLController
 from trl_ext.policy_config import PolicyConfig
+from trl_ext.ppo.beginning import make_critic
 from trl_ext.ppo.config import PPOConfig
-from trl_ext.ppo.critic import make_critic
 from trl_ext.rollout import MicroBatch, Rollout, whole
 from trl_ext.trl_adapter import PolicyTrainer, keep_nf4_gradients_on_cpu
 
@@ -34,6 +34,11 @@ class PPOTrainer(PolicyTrainer):
 
     Differs from `GRPOTrainer`: credit is a token's and comes from a critic, so that a prompt needs
     one completion only.
+
+    Logged under `ppo/`: `value_error`, the root mean square of return minus value, and
+    `explained_variance` of each rollout; `old_kl`, KL(π_old‖π) a token, `clip_fraction`, the share
+    of tokens that the clip gives no gradient, `critic_grad_norm`, `stopped_early` of each step. The
+    `loss` is that of policy and critic together.
 
     Takes the arguments of `trl.GRPOTrainer`, with a `PPOConfig`. A reward function may return a
     list of one number a token instead of one number.
@@ -166,7 +171,8 @@ class PPOTrainer(PolicyTrainer):
             if parameter.grad is not None:
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         limit = self.args.max_grad_norm or torch.inf
-        if not torch.nn.utils.clip_grad_norm_(self.critic.trained(), limit).isfinite():
+        norm = torch.nn.utils.clip_grad_norm_(self.critic.trained(), limit)
+        if not norm.isfinite():
             raise RunError(
                 f"The critic's gradient in step {self.state.global_step + 1} is not finite; the "
                 "weights are as they were before it. A lower critic_learning_rate is the usual "
@@ -177,12 +183,16 @@ class PPOTrainer(PolicyTrainer):
         old_kl, clipped, tokens = counted.tolist()
         if not tokens:
             return
+        self.log_metric("ppo/critic_grad_norm", norm.item())
         self._last_old_kl = old_kl / tokens
         self.log_metric("ppo/old_kl", self._last_old_kl)
         if self.args.surrogate == "clip":
             self.log_metric("ppo/clip_fraction", clipped / tokens)
-        stop = self.args.early_stop_kl
-        if stop is not None and self._last_old_kl > stop:
+        limit = self.args.early_stop_kl
+        is_far = limit is not None and self._last_old_kl > limit
+        if limit is not None:
+            self.log_metric("ppo/stopped_early", float(is_far))
+        if is_far:
             self.end_rollout()
             # Without gradients the optimizer leaves parameters and moments as they are.
             for parameter in (*self.model.parameters(), *self.critic.parameters()):
@@ -230,11 +240,11 @@ class PPOTrainer(PolicyTrainer):
 
     def _log_fit(self, values: Tensor, returns: Tensor, keep: Tensor, rollout: Rollout) -> None:
         """Log how much of the returns' variance the critic explains: 1 all of it, a mean 0."""
-        _, error = self._moments(returns - values, keep, rollout)
+        mean, deviation = self._moments(returns - values, keep, rollout)
         _, spread = self._moments(returns, keep, rollout)
-        self.log_metric("ppo/value_error", error.item())
+        self.log_metric("ppo/value_error", torch.hypot(mean, deviation).item())
         if spread > 0:
-            self.log_metric("ppo/explained_variance", 1 - (error / spread).square().item())
+            self.log_metric("ppo/explained_variance", 1 - (deviation / spread).square().item())
 
 
 class _CriticSteps(TrainerCallback):

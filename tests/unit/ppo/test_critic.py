@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -16,7 +16,7 @@ from transformers import (
 from tests.tiny import QUIET, prompts, save_tiny_llama
 from trl_ext.errors import ConfigError, RunError
 from trl_ext.ppo import Critic, PPOConfig, PPOTrainer
-from trl_ext.ppo.critic import make_critic
+from trl_ext.ppo.beginning import make_critic
 
 IDS = torch.tensor([[1, 2, 3, 4], [3, 3, 1, 2]])
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -158,17 +158,43 @@ def test_a_reward_model_begins_a_critic_of_its_own(model_path, reward_model, lor
     assert torch.equal(head.head.weight, judge.score.weight)
 
 
-def test_a_reward_adapter_begins_a_critic_adapter(model_path, tmp_path):
+@pytest.fixture
+def reward_adapter(model_path, tmp_path) -> tuple[str, torch.Tensor]:
+    """A reward model's adapter on the policy's weights, and what it says of two completions."""
     judge = AutoModelForSequenceClassification.from_pretrained(model_path, num_labels=1)
     judge.config.pad_token_id = 0
     lora = LoraConfig(r=3, target_modules=["q_proj"], task_type="SEQ_CLS", init_lora_weights=False)
     adapted = get_peft_model(judge, lora)
-    adapted.save_pretrained(str(tmp_path))
-    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(model_path), LORA)
-    critic = make_critic("adapter", policy, str(tmp_path))
+    adapted.save_pretrained(str(tmp_path / "reward"))
     with torch.no_grad():
-        expected = adapted.eval()(IDS).logits[:, 0]
+        return str(tmp_path / "reward"), adapted.eval()(IDS).logits[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora"), [("adapter", LORA), ("model", LORA), ("model", None)], ids=str
+)
+def test_a_reward_adapter_begins_a_critic(model_path, reward_adapter, kind, lora):
+    folder, expected = reward_adapter
+    policy = AutoModelForCausalLM.from_pretrained(model_path)
+    policy = policy if lora is None else get_peft_model(policy, lora)
+    critic = make_critic(kind, policy, folder)
     torch.testing.assert_close(values(critic)[:, -1], expected)
+    assert any("layers" in name for name, p in critic.named_parameters() if p.requires_grad), (
+        "more than the head learns"
+    )
+
+
+def test_a_critic_scores_a_text(train, tmp_path):
+    trainer = train(LORA, critic="head")
+    trainer.save_model()
+    critic = Critic.from_pretrained(tmp_path / "out" / "critic")
+    assert not critic.training
+    ours = critic(IDS, policy=trainer.model.eval())
+    torch.testing.assert_close(ours, values(critic, trainer.model))
+    with pytest.raises(ConfigError, match="give that as `policy`"):
+        critic(IDS)
+    # A folder beside this one: the path below the adapter does not depend on where one stands.
+    assert Path(json.loads((tmp_path / "out/critic/critic.json").read_text())["base"]).is_absolute()
 
 
 @pytest.mark.parametrize(("kind", "lora"), MAKES, ids=lambda v: v if isinstance(v, str) else None)
@@ -203,17 +229,39 @@ def test_gradient_checkpointing_changes_nothing(train):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
-def test_what_does_not_go_together_is_said(model_path, tmp_path, reward_model):
+def test_what_does_not_go_together_is_said(model_path, tmp_path):
     policy = AutoModelForCausalLM.from_pretrained(model_path)
     with pytest.raises(ConfigError, match=r"critic='adapter' shares the policy's frozen weights"):
         make_critic("adapter", policy)
-    with pytest.raises(ConfigError, match=r"'no/such' cannot be opened"):
+    with pytest.raises(ConfigError, match=r"'no/such' cannot be opened. A critic begins as"):
         make_critic("model", policy, "no/such")
     with pytest.raises(ConfigError, match="neither a reward model nor a critic"):
         make_critic("head", policy, model_path)
     with pytest.raises(RunError, match="holds no critic"):
         Critic.from_pretrained(tmp_path)
+    judge = AutoModelForSequenceClassification.from_pretrained(model_path, num_labels=2)
+    judge.save_pretrained(tmp_path / "two")
+    with pytest.raises(ConfigError, match="a classifier with 2 labels; a reward model has one"):
+        make_critic("model", policy, str(tmp_path / "two"))
+    other = get_peft_model(policy, IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    for kind in ("adapter", "model"):
+        with pytest.raises(ConfigError, match="adapter is a IA3Config; a critic of its own takes"):
+            make_critic(kind, other)
+
+
+def test_an_earlier_critic_that_is_not_fit_is_refused_by_name(model_path, tmp_path):
+    policy = AutoModelForCausalLM.from_pretrained(model_path)
+    folder = tmp_path / "head"
     critic = make_critic("head", policy)
-    critic.save(tmp_path / "head")
+    critic.save(folder)
     with pytest.raises(RunError, match="of kind 'head' for 16 hidden units; this one is of kind"):
-        make_critic("model", policy).load(Path(tmp_path / "head"))
+        make_critic("model", policy).load(folder)
+    with pytest.raises(ConfigError, match=r"this run has critic='model'. Set critic: head"):
+        make_critic("model", policy, str(folder))
+    weights = (folder / "head.safetensors").read_bytes()
+    (folder / "head.safetensors").write_bytes(weights[:20])
+    with pytest.raises(RunError, match=r"cannot be read.*Is a file missing or damaged"):
+        critic.load(folder)
+    (folder / "critic.json").write_text("{")
+    with pytest.raises(RunError, match=r"critic\.json is damaged"):
+        critic.load(folder)

@@ -218,7 +218,7 @@ def test_the_best_checkpoint_brings_its_critic(make, tmp_path):
         ({"early_stop_kl": 0.1}, "early_stop_kl=0.1 does nothing with one step a rollout"),
         ({"surrogate": "penalty"}, "surrogate='penalty' does nothing with one step a rollout"),
         ({"loss_type": "sapo"}, "loss_type='sapo' must be one of dr_grpo, luspo"),
-        ({"scale_rewards": "batch"}, "scale_rewards='batch' does nothing here"),
+        ({"scale_rewards": "group"}, "scale_rewards='group' does nothing here"),
         ({"kl_estimator": "k3"}, "k3 in the reward"),
         ({"whiten_advantages": 1}, "whiten_advantages=1 is a int; it must be True or False"),
     ],
