@@ -10,12 +10,10 @@ examples:
 """
 
 import argparse
-import json
-import os
 import sys
 from pathlib import Path
 
-from trl_ext.errors import ConfigError
+from trl_ext.cli.json_file import check_json_file, write_json_file
 
 QUICK_STEPS, STEPS = 300, 1500
 
@@ -42,13 +40,13 @@ def run(args: argparse.Namespace) -> int:
     from trl_ext.kl_table import OTHERS, OURS, graded, markdown
 
     if args.json:
-        _check_folder(Path(args.json))
+        check_json_file(Path(args.json))
     methods = [*OURS, *OTHERS, *_own(args)]
     rows = graded(methods, steps=QUICK_STEPS if args.quick else STEPS)
     note = f" Here it trained for {QUICK_STEPS} steps only, short of rest." if args.quick else ""
     print(markdown(rows, note))
     if args.json:
-        _write([row.record() for row in rows], Path(args.json))
+        write_json_file([row.record() for row in rows], Path(args.json))
     contradictions = [line for row in rows for line in row.contradictions]
     print("".join(f"\nContradicted: {line}" for line in contradictions), file=sys.stderr, end="")
     return 1 if contradictions else 0
@@ -63,18 +61,3 @@ def _own(args: argparse.Namespace) -> list:
     method = user_method(args.method, KL_ESTIMATORS.load(args.method), args.placement)
     Bench().grade(method)  # a mistake in it shows now, not after the others are graded
     return [method]
-
-
-def _check_folder(path: Path) -> None:
-    if os.path.isdir(path) or not os.path.isdir(path.parent):
-        raise ConfigError(f"--json {path}: cannot be written. Name a file in a folder that exists.")
-
-
-def _write(records: list[dict], path: Path) -> None:
-    try:
-        path.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise ConfigError(
-            f"--json {path}: cannot be written: {error.strerror}. Name a file in a folder that "
-            "exists."
-        ) from error

@@ -15,17 +15,15 @@ examples:
 """
 
 import argparse
-import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from trl_ext.errors import ConfigError
+from trl_ext.cli.json_file import check_json_file, write_json_file
 
 if TYPE_CHECKING:
     from trl_ext.oracle_check import Measured, Problem, Result
@@ -71,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table; 1 where a built-in trainer fails the check."""
     if args.json:
-        _check_folder(Path(args.json))
+        check_json_file(Path(args.json))
     # Said at import of a kernel that nothing here uses; it reads as if the installation had failed.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from trl_ext.oracle_check import SETTINGS, Problem, check, record
@@ -81,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     draw = _markdown if args.markdown else _plain
     print(f"{_legend(args)}\n\n{draw(_rows(problem, results))}")
     if args.json:
-        _write(record(problem, results), Path(args.json))
+        write_json_file(record(problem, results), Path(args.json))
     if (args.steps, args.beta) != (STEPS, BETA):
         return 0
     failures = [line for result in results if result.trainer in SETTINGS for line in _far(result)]
@@ -194,20 +192,3 @@ def _plain(rows: Sequence[Sequence[str]]) -> str:
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
     table = [_COLUMNS, ["---", *["---:"] * (len(_COLUMNS) - 1)], *rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in table)
-
-
-def _check_folder(path: Path) -> None:
-    if os.path.isdir(path) or not os.path.isdir(path.parent):
-        raise ConfigError(f"--json {path}: cannot be written. Name a file in a folder that exists.")
-
-
-def _write(found: dict, path: Path) -> None:
-    # JSON has no NaN, which a policy that diverged ends with.
-    finite = json.loads(json.dumps(found), parse_constant=lambda _: None)
-    try:
-        path.write_text(json.dumps(finite, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"--json {path}: cannot be written: {error.strerror}. Name a file in a folder that "
-            "exists."
-        ) from error
