@@ -14,6 +14,7 @@ import pytest
 from trl_ext import oracle_check
 from trl_ext.cli import main
 from trl_ext.cli import oracle_check as command
+from trl_ext.cli.json_file import write_json_file
 from trl_ext.oracle_check import SETTINGS, Problem, check, load_trainer, settings_of
 
 MINE = """
@@ -250,7 +251,7 @@ def test_the_exit_code(trl_ext, mine, monkeypatch):
 def test_a_policy_that_diverged_is_not_near_and_is_null_in_json(tmp_path):
     run = oracle_check.Run(math.nan, 1.0, math.nan, {"a": math.nan}, 0, 256, 1, None)
     assert not run.converged
-    command._write({"run": vars(run)}, tmp_path / "t.json")
+    write_json_file({"run": vars(run)}, tmp_path / "t.json")
     written = json.loads((tmp_path / "t.json").read_text(), parse_constant=pytest.fail)
     assert written["run"]["kl"] is None and written["run"]["reward"] == 1.0
 
