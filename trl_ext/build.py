@@ -51,6 +51,10 @@ def _parts(recipe: Recipe, *, resumed: bool) -> dict[str, Any]:
     if resumed:
         config.eval_on_start = False  # "before training" was measured when the run began
     model_config = ModelConfig(**recipe.groups["model"])
+    targets = recipe.groups["model"].get("lora_target_modules")
+    if isinstance(targets, list) and targets != ["all-linear"]:
+        # TRL makes a list of one a text, which peft takes for a pattern of whole names.
+        model_config.lora_target_modules = targets
     config.model_init_kwargs = _model_init_kwargs(model_config, config)
     model = resolve_model(recipe.values["model_name_or_path"])
     _check_model(model, model_config.model_revision, getattr(config, "trust_remote_code", False))

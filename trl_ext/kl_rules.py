@@ -4,6 +4,7 @@ The penalty meant is β·KL(π‖π_ref) of sequences. `trl_ext kl-table` shows 
 and a contract test holds the two together. Plain data: nothing is imported to check a recipe.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -118,17 +119,22 @@ def _soundness(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _numbers(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [
-        (name, f"got {values[name]!r}; it must be greater than 0, or null.")
+    found = [
+        (name, f"got {values[name]!r}; it must be greater than 0, and finite.")
         for name in ("kl_clamp", "kl_target", "kl_horizon", "kl_topk")
-        if values[name] is not None and not values[name] > 0
+        if values[name] is not None and not 0 < values[name] < math.inf
     ]
+    if values["kl_placement"] != "none" and not 0 <= values["beta"] < math.inf:
+        found.append(("beta", f"got {values['beta']!r}; it must be from 0 on, and finite."))
+    return found
 
 
 def _controller(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     adapts = values["kl_controller"] in ("adaptive", "proportional")
     if adapts and values["kl_target"] is None:
         return [("kl_target", f"kl_controller: {values['kl_controller']} needs a target, in nats.")]
+    if adapts and values["kl_placement"] == "none":
+        return [("kl_controller", "scales a penalty, and kl_placement: none has none.")]
     if adapts and not values["beta"]:
         return [("beta", "a KL controller scales beta: it must start above 0.")]
     if not adapts and values["kl_target"] is not None:

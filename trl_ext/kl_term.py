@@ -83,6 +83,7 @@ class KLTerm:
     def watching(self) -> AbstractContextManager[list[Tensor]]:
         """Collect the hidden states that `per_token` takes, of the passes made in the context."""
         if self.over_vocabulary and self.trainer.beta != 0.0:
+            self._check_model()
             return hidden_states_of(self.trainer.causal_lm)
         return nullcontext([])
 
@@ -99,6 +100,7 @@ class KLTerm:
         """
         in_loss = self.enters("loss")
         if passes:
+            _refuse_images(inputs)
             hidden = passes[-1] if in_loss else passes[-1].detach()
             each = self._over_vocabulary(hidden, *whole(inputs), generated(inputs))
             self._hear(each, inputs)
@@ -128,6 +130,19 @@ class KLTerm:
         """Take over what `state` gave."""
         self._controller.beta, self._heard = state["beta"], state["heard"]
 
+    def _check_model(self) -> None:
+        """Virtual tokens stand before what a backbone is given: its states would be others.
+
+        Raises:
+            ConfigError: for prompt tuning and its like.
+        """
+        adapters = getattr(self.trainer.model, "peft_config", {}).values()
+        if any(adapter.is_prompt_learning for adapter in adapters):
+            raise ConfigError(
+                f"kl_estimator={self.args.kl_estimator!r} does not know the virtual tokens of "
+                "prompt tuning. Use k1, k2 or k3, or LoRA."
+            )
+
     def _hear(self, per_token: Tensor, inputs: Any) -> None:
         per_completion = masked_sum(per_token.detach(), generated(inputs))
         kl = self.trainer.accelerator.gather(per_completion).mean().item()
@@ -136,6 +151,7 @@ class KLTerm:
             self._heard.append(kl)
 
     def _over_vocabulary_of_rollout(self, rollout: Rollout) -> Tensor:
+        self._check_model()
         _refuse_images(rollout.batch)
         parts = zip(
             *(

@@ -108,10 +108,16 @@ def _train_recorded(trainer: Trainer, record: RunRecord, checkpoint: Path | None
         print(f"Stopped at step {trainer.state.global_step}. {_left(record)}", file=sys.stderr)
         raise
     except TrlExtError as error:
-        raise type(error)(f"{error}\n{_left(record)}") from error
+        loading = checkpoint and not interrupt.stepped
+        next_step = _instead_of(checkpoint) if loading and checkpoint else _left(record)
+        raise type(error)(f"{error}\n{next_step}") from error
     except Exception as error:
         if checkpoint and not interrupt.stepped:
-            raise RunError(_loading_failed(checkpoint, error)) from error
+            reason = str(error).strip().split("\n")[0]
+            raise RunError(
+                f"{checkpoint} cannot be resumed from: {reason} Is a file damaged? "
+                f"{_instead_of(checkpoint)}"
+            ) from error
         if not _was_saving(trainer, record):
             error.add_note(_left(record))
             raise
@@ -121,15 +127,12 @@ def _train_recorded(trainer: Trainer, record: RunRecord, checkpoint: Path | None
         interrupt.restore()
 
 
-def _loading_failed(checkpoint: Path, error: Exception) -> str:
+def _instead_of(checkpoint: Path) -> str:
+    """What to do where a checkpoint cannot be resumed from."""
     earlier = last_checkpoint(checkpoint.parent, before=checkpoint)
-    instead = (
-        f"Go on from the one before it: --resume {earlier}"
-        if earlier
-        else "There is none before it: begin again with --overwrite"
-    )
-    reason = str(error).strip().split("\n")[0]
-    return f"{checkpoint} cannot be resumed from: {reason} Is a file damaged? {instead}."
+    if earlier:
+        return f"Go on from the one before it: --resume {earlier}."
+    return "There is none before it: begin again with --overwrite."
 
 
 def _was_saving(trainer: Trainer, record: RunRecord) -> bool:

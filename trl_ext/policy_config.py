@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 from trl import GRPOConfig as TRLGRPOConfig
 
-from trl_ext.errors import ConfigError
-from trl_ext.kl_rules import kl_findings
+from trl_ext.errors import ConfigError, UnknownNameError
+from trl_ext.kl_rules import OVER_THE_VOCABULARY, kl_findings
+from trl_ext.registry import KL_ESTIMATORS
 from trl_ext.rewards.guard import LONGEST_TIMEOUT
 
 # What an annotation of an option stands for. True is no number here, though Python has it be 1.
@@ -145,8 +146,16 @@ class PolicyConfig(TRLGRPOConfig):
             return refused + wrong_types
         of_kl = {name: getattr(self, name) for name in defaults if name.startswith("kl_")}
         of_kl |= {"beta": self.beta, "allow_biased_kl": self.allow_biased_kl}
-        of_kl_wrong = [f"  {name}: {problem}" for name, problem in kl_findings(of_kl)]
+        of_kl_wrong = [f"  {name}: {problem}" for name, problem in self._of_kl(of_kl)]
         return refused + of_kl_wrong + self._bad_limits()
+
+    def _of_kl(self, options: dict[str, Any]) -> list[tuple[str, str]]:
+        if self.kl_estimator not in OVER_THE_VOCABULARY:
+            try:
+                KL_ESTIMATORS.resolve(self.kl_estimator)
+            except UnknownNameError as error:
+                return [("kl_estimator", str(error))]
+        return kl_findings(options)
 
     def _wrong_types(self) -> list[str]:
         """Of the options that are not TRL's, and beta: it is what the penalties here scale by."""

@@ -204,7 +204,10 @@ class PolicyTrainer(TRLGRPOTrainer):
             checked = getattr(reward_func, "checked", None)
             for row, numbers in (checked.token_rewards if checked else {}).items():
                 dense[row, : len(numbers)] += weight.item() * dense.new_tensor(numbers)
-        return dense
+        # What a tool's answer earned is earned by the token that called it.
+        positions = torch.arange(dense.size(1), device=dense.device).where(rollout.mask.bool(), -1)
+        earned_by = positions.cummax(dim=1).values.clamp(min=0)
+        return torch.zeros_like(dense).scatter_add(1, earned_by, dense)
 
     def evaluation_rewards(self) -> list[list[float | None]]:
         """Of the last evaluation: the rewards of each prompt's completions, in a fixed order.
@@ -389,7 +392,13 @@ class PolicyTrainer(TRLGRPOTrainer):
 
     def _load_rng_state(self, checkpoint):
         super()._load_rng_state(checkpoint)
-        if checkpoint is not None and os.path.isfile(self._rollout_file(checkpoint)):
+        if checkpoint is not None:
+            if not os.path.isfile(self._rollout_file(checkpoint)):
+                raise RunError(
+                    f"{checkpoint} has no {os.path.basename(self._rollout_file(checkpoint))}, "
+                    "which says how far a rollout has been used and where beta is: it was not "
+                    "written by this trainer on as many processes, or a file is lost."
+                )
             # The second CPU process has the device "cpu:1", which torch.load does not know.
             device = self.args.device if self.args.device.type != "cpu" else "cpu"
             file = self._rollout_file(checkpoint)
@@ -406,7 +415,6 @@ class PolicyTrainer(TRLGRPOTrainer):
             self.load_extra_state(rollout["extra"])
             if not self._replaces_loss:
                 self.beta = self.kl.beta
-        if checkpoint is not None:
             self.restore(Path(checkpoint))
 
     def _load_best_model(self):
@@ -500,9 +508,11 @@ class PolicyTrainer(TRLGRPOTrainer):
         return rewards.masked_fill(self._rewards_per_func.isnan().all(dim=1), torch.nan)
 
     def _show_credit(self, credit: Tensor) -> None:
-        """Put the credit where TRL's table of completions has group-normalised advantages."""
-        if credit.dim() > 1:
-            return
+        """Put the credit where TRL's table of completions has group-normalised advantages.
+
+        That of tokens by its sum.
+        """
+        credit = credit.sum(dim=1) if credit.dim() > 1 else credit
         shown, column = self.accelerator.gather(credit).tolist(), self._logs["advantages"]
         for _ in range(min(len(shown), len(column))):
             column.pop()

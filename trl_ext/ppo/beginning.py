@@ -3,7 +3,7 @@
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import (
@@ -11,10 +11,8 @@ from peft import (
     PeftModel,
     get_peft_model,
     load_peft_weights,
-    set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,15 +21,17 @@ from trl_ext.ppo.critic import (
     ABOUT,
     ADAPTER,
     BACKBONE,
-    HEAD,
     Critic,
     Kind,
+    backbone_of,
+    head_in,
     head_of,
     lora_in,
     of_a_backbone,
     opened,
     read_about,
-    shared_backbone,
+    reading,
+    set_adapter_weights,
 )
 
 
@@ -57,7 +57,14 @@ def make_critic(
     start = _start(begins_as, own_base, kind)
     hidden_size = policy.config.get_text_config().hidden_size
     if kind == "model":
-        backbone, found = opened(start.weights, **loading)
+        backbone, found = (
+            (backbone_of(policy, share=False), None)
+            if begins_as is None
+            else opened(start.weights, **loading)
+        )
+        if not isinstance(policy, PeftModel):
+            backbone.requires_grad_(True)
+        _check_fits(backbone, policy, begins_as)
         critic = Critic(
             kind,
             backbone.config.get_text_config().hidden_size,
@@ -72,7 +79,7 @@ def make_critic(
                 "critic='adapter' shares the policy's frozen weights, and here they are trained. "
                 "Use critic='head' or 'model', or train an adapter (use_peft: true, peft_config)."
             )
-        critic = Critic(kind, hidden_size, _adapted(shared_backbone(policy), start, lora), own_base)
+        critic = Critic(kind, hidden_size, _adapted(backbone_of(policy), start, lora), own_base)
         head = start.head
     else:
         critic, head = Critic(kind, hidden_size, base=own_base), start.head
@@ -125,27 +132,70 @@ def _earlier(folder: Path, kind: Kind) -> _Start:
             f"critic_model_name_or_path: {str(folder)!r} holds a critic of kind "
             f"{about['kind']!r}, and this run has critic={kind!r}. Set critic: {about['kind']}."
         )
-    has_adapter = (folder / ADAPTER).is_dir()
+    with reading(folder):
+        head = head_in(folder)
+        lora = lora_in(folder / ADAPTER) if about["has_adapter"] else None
+        lora_weights = load_peft_weights(str(folder / ADAPTER)) if about["has_adapter"] else None
+    has_backbone = kind == "model" and not about["has_adapter"]
     return _Start(
-        weights=str(folder / BACKBONE) if (folder / BACKBONE).is_dir() else about["base"],
-        lora=lora_in(folder / ADAPTER) if has_adapter else None,
-        lora_weights=load_peft_weights(str(folder / ADAPTER)) if has_adapter else None,
-        head=load_file(folder / HEAD),
+        weights=str(folder / BACKBONE) if has_backbone else about["base"],
+        lora=lora,
+        lora_weights=lora_weights,
+        head=head,
     )
 
 
 def _adapted(backbone: PreTrainedModel, start: _Start, lora: LoraConfig | None) -> nn.Module:
     """The backbone with the adapter that it begins with; merged where none is to be trained."""
-    begins = start.lora or lora
+    begins = start.lora or (_named_anywhere(lora, backbone) if lora else None)
     if begins is None:
         return backbone
     adapted = get_peft_model(backbone, begins)
     if start.lora_weights is not None:
-        set_peft_model_state_dict(adapted, start.lora_weights)
+        try:
+            set_adapter_weights(adapted, start.lora_weights)
+        except RuntimeError as error:
+            raise ConfigError(
+                "critic_model_name_or_path: its adapter does not fit the weights below: "
+                f"{str(error).strip().splitlines()[-1].strip()}"
+            ) from error
     if lora is not None:
         return adapted
     # peft froze what is below its adapter; here all of it is to learn.
     return adapted.merge_and_unload().requires_grad_(True)  # pyright: ignore
+
+
+def _named_anywhere(lora: LoraConfig, backbone: nn.Module) -> LoraConfig:
+    """As it is, or of another architecture: on layers of the same names, wherever they are."""
+    targets = set(lora.target_modules or ())
+    if not targets <= dict(backbone.named_modules()).keys():
+        lora.target_modules = sorted({name.rpartition(".")[2] for name in targets})
+    return lora
+
+
+def _check_fits(backbone: PreTrainedModel, policy: nn.Module, path: str | None) -> None:
+    """Whether a model of its own can read what the policy writes, and value prefixes.
+
+    Raises:
+        ConfigError: if it lacks tokens of the policy, or looks ahead.
+    """
+    known, needed = (
+        cast(Any, model).get_input_embeddings().num_embeddings for model in (backbone, policy)
+    )
+    if known < needed:
+        raise ConfigError(
+            f"critic_model_name_or_path: {path!r} knows {known} tokens and the policy writes "
+            f"{needed}: a critic must have the policy's tokenizer."
+        )
+    ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=backbone.device)
+    with torch.no_grad():
+        first, second = backbone.eval()(ids).last_hidden_state[:, 1].float()
+    backbone.train()
+    if not torch.allclose(first, second, rtol=0, atol=1e-4 * first.abs().max().item()):
+        raise ConfigError(
+            f"critic_model_name_or_path: {path!r} looks ahead: what follows a prefix changes its "
+            "value. A critic must be a causal model."
+        )
 
 
 def _fill(critic: Critic, head: dict[str, Tensor], path: str | None) -> None:
@@ -170,14 +220,10 @@ def _lora_of(policy: nn.Module) -> LoraConfig | None:
             "critic='head'."
         )
     lora = of_a_backbone(copy.deepcopy(lora))
-    # As peft resolved them they may be paths from the LM head down.
+    # As peft resolved them they may be paths from the LM head down, or patterns of those.
     backbone: Any = policy.get_base_model().base_model
     lora.target_modules = sorted(
-        {
-            name.rpartition(".")[2]
-            for name, layer in backbone.named_modules()
-            if isinstance(layer, LoraLayer)
-        }
+        name for name, layer in backbone.named_modules() if isinstance(layer, LoraLayer)
     )
-    lora.exclude_modules = None
+    lora.exclude_modules, lora.layers_to_transform, lora.layers_pattern = None, None, None
     return lora

@@ -1,5 +1,6 @@
 """Options of PPO, and the inherited ones that it refuses."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -108,7 +109,7 @@ class PPOConfig(PolicyGradientConfig):
                 if not 0 <= getattr(self, name) <= 1
             ),
             *(
-                f"  {name}={getattr(self, name)!r} must be greater than 0."
+                f"  {name}={getattr(self, name)!r} must be greater than 0, and finite."
                 for name in (
                     "old_kl_coef",
                     "old_kl_target",
@@ -116,7 +117,7 @@ class PPOConfig(PolicyGradientConfig):
                     "critic_learning_rate",
                     "value_clip",
                 )
-                if getattr(self, name) is not None and not getattr(self, name) > 0
+                if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf
             ),
             *self._without_effect(),
         ]
@@ -125,7 +126,7 @@ class PPOConfig(PolicyGradientConfig):
         """Options that would do nothing, or do harm with others."""
         assert self.steps_per_generation is not None
         uses = self.steps_per_generation * self.num_iterations
-        one_step = self.gradient_accumulation_steps % uses == 0
+        one_step = uses > 0 and self.gradient_accumulation_steps % uses == 0
         found = [
             f"  {name}={getattr(self, name)!r} does nothing with one step a rollout: the policy is "
             "still the old one. Raise num_iterations, or steps_per_generation above "
@@ -136,6 +137,24 @@ class PPOConfig(PolicyGradientConfig):
             )
             if one_step and is_wanted
         ]
+        if self.early_stop_kl is not None and uses % self.gradient_accumulation_steps:
+            found.append(
+                f"  early_stop_kl={self.early_stop_kl!r} with steps that span two rollouts: the KL "
+                f"of one would end the other. steps_per_generation x num_iterations, {uses}, must "
+                f"be a multiple of gradient_accumulation_steps, "
+                f"{self.gradient_accumulation_steps}."
+            )
+        clips = self.surrogate == "clip"
+        for name, default in (
+            (("old_kl_coef", 1.0), ("old_kl_target", 0.01))
+            if clips
+            else (("epsilon", 0.2), ("epsilon_high", None))
+        ):
+            if getattr(self, name) != default:
+                found.append(
+                    f"  {name}={getattr(self, name)!r} does nothing with "
+                    f"surrogate={self.surrogate!r}. Remove it."
+                )
         if self.early_stop_kl is not None and self.fp16:
             found.append(
                 "  early_stop_kl leaves steps without gradient, which fp16's gradient scaler does "

@@ -2,9 +2,12 @@
 
 import copy
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from peft import (
@@ -15,6 +18,7 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,9 +30,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from trl_ext.errors import ConfigError, RunError
+from trl_ext.errors import ConfigError, RunError, TrlExtError
 
 Kind = Literal["head", "adapter", "model"]
+MAKES = get_args(Kind)
 # What a critic's folder holds.
 ABOUT, HEAD, ADAPTER, BACKBONE = "critic.json", "head.safetensors", "adapter", "backbone"
 
@@ -99,17 +104,28 @@ class Critic(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def save(self, folder: Path) -> None:
-        """Write the head, and what else is its own: an adapter or a backbone."""
-        folder.mkdir(parents=True, exist_ok=True)
-        base = str(Path(self.base).resolve()) if Path(self.base).is_dir() else self.base
-        about = {"kind": self.kind, "hidden_size": self.head.in_features, "base": base}
-        (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+        """Write the head, and what else is its own: an adapter or a backbone.
+
+        Under another name first: whatever was there is replaced as a whole, or stays.
+        """
+        new = folder.with_name(folder.name + ".new")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        about = {
+            "kind": self.kind,
+            "hidden_size": self.head.in_features,
+            "has_adapter": isinstance(self.backbone, PeftModel),
+            "base": str(Path(self.base).resolve()) if Path(self.base).is_dir() else self.base,
+        }
         head = {name: tensor.contiguous() for name, tensor in self.head.state_dict().items()}
-        save_file(head, folder / HEAD)
+        save_file(head, new / HEAD)
         if isinstance(self.backbone, PeftModel):
-            self.backbone.save_pretrained(str(folder / ADAPTER))
+            self.backbone.save_pretrained(str(new / ADAPTER))
         elif isinstance(self.backbone, PreTrainedModel):
-            self.backbone.save_pretrained(folder / BACKBONE)
+            self.backbone.save_pretrained(new / BACKBONE)
+        (new / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
 
     def load(self, folder: Path) -> None:
         """Take over what `save` wrote, into a critic of the same make.
@@ -118,25 +134,23 @@ class Critic(nn.Module):
             RunError: if the folder holds no critic, one of another make, or a damaged one.
         """
         about = read_about(folder)
-        own = {"kind": self.kind, "hidden_size": self.head.in_features}
-        if {key: about.get(key) for key in own} != own:
+        own = {
+            "kind": self.kind,
+            "hidden_size": self.head.in_features,
+            "has_adapter": isinstance(self.backbone, PeftModel),
+        }
+        if {key: about[key] for key in own} != own:
             raise RunError(
-                f"{folder} holds a critic of kind {about.get('kind')!r} for "
-                f"{about.get('hidden_size')} hidden units; this one is of kind {self.kind!r} for "
-                f"{self.head.in_features}. The option `critic` says which kind a run has."
+                f"{folder} holds a critic of {_make(about)}; this one is of {_make(own)}. The "
+                "option `critic` says which kind a run has, and use_peft whether with an adapter."
             )
-        try:
-            self.head.load_state_dict(load_file(folder / HEAD))
+        with reading(folder):
+            self.head.load_state_dict(head_in(folder))
             if isinstance(self.backbone, PeftModel):
-                set_peft_model_state_dict(self.backbone, load_peft_weights(str(folder / ADAPTER)))
+                set_adapter_weights(self.backbone, load_peft_weights(str(folder / ADAPTER)))
             elif isinstance(self.backbone, PreTrainedModel):
                 saved = AutoModel.from_pretrained(folder / BACKBONE, dtype=self.backbone.dtype)
                 self.backbone.load_state_dict(saved.state_dict())
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise RunError(
-                f"The critic in {folder} cannot be read: {str(error).strip().splitlines()[0]} Is a "
-                "file missing or damaged?"
-            ) from error
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, policy: nn.Module | None = None) -> "Critic":
@@ -147,43 +161,58 @@ class Critic(nn.Module):
 
         Args:
             folder: that folder.
-            policy: for "adapter", a loaded model with the policy's frozen weights, which it shares;
-                for "head" and "model" not needed here.
+            policy: for "adapter", a loaded model with the policy's frozen weights, on which it
+                stands; for "head" and "model" not needed here.
 
         Raises:
-            RunError: if the folder holds no critic.
+            RunError: if the folder holds no critic, or a damaged one.
             ConfigError: if it needs a policy.
         """
         folder = Path(folder)
         about = read_about(folder)
         backbone: nn.Module | None = None
-        if (folder / BACKBONE).is_dir():
-            backbone = AutoModel.from_pretrained(folder / BACKBONE)
-        elif (folder / ADAPTER).is_dir():
-            if about["kind"] == "adapter" and not isinstance(policy, nn.Module):
-                raise ConfigError(
-                    f"{folder} is an adapter on the weights of {about['base']!r}: give that model, "
-                    "loaded, as `policy`."
-                )
-            lora = lora_in(folder / ADAPTER)
-            below = (
-                shared_backbone(policy)
-                if isinstance(policy, nn.Module)
-                else opened(about["base"])[0]
+        if about["kind"] == "adapter" and not isinstance(policy, nn.Module):
+            raise ConfigError(
+                f"{folder} is an adapter on the weights of {about['base']!r}: give that model, "
+                "loaded, as `policy`."
             )
-            backbone = get_peft_model(below, lora)  # pyright: ignore[reportArgumentType]
+        with reading(folder):
+            if about["has_adapter"]:
+                below = (
+                    backbone_of(policy)
+                    if about["kind"] == "adapter" and policy is not None
+                    else opened(about["base"])[0]
+                )
+                backbone = get_peft_model(below, lora_in(folder / ADAPTER))
+            elif about["kind"] == "model":
+                backbone = AutoModel.from_pretrained(folder / BACKBONE)
         critic = cls(about["kind"], about["hidden_size"], backbone, about["base"])
         critic.load(folder)
         return critic.eval()
 
 
-def shared_backbone(policy: nn.Module) -> PreTrainedModel:
-    """The backbone of a model once more, its weights shared and its adapters left out."""
-    tensors = chain(policy.parameters(), policy.buffers())
-    twin = copy.deepcopy(policy, {id(tensor): tensor for tensor in tensors})
+def backbone_of(policy: nn.Module, *, share: bool = True) -> PreTrainedModel:
+    """The backbone of a model once more, as it was below its adapters.
+
+    Args:
+        policy: a causal LM, or a PeftModel of one.
+        share: frozen weights are those of the policy and not copies. What it trains is copied.
+    """
+    frozen = [t for t in chain(policy.parameters(), policy.buffers()) if not t.requires_grad]
+    twin: Any = copy.deepcopy(policy, {id(t): t for t in frozen} if share else {})
+    for parent in list(twin.modules()):
+        for name, child in list(parent.named_children()):
+            # What a PeftModel trains whole has the untrained one beside it.
+            if isinstance(child, ModulesToSaveWrapper):
+                setattr(parent, name, child.original_module)
     if isinstance(twin, PeftModel):
         twin = twin.unload()
-    return twin.base_model  # pyright: ignore[reportReturnType]
+    return twin.base_model
+
+
+def _make(about: dict[str, Any]) -> str:
+    adapter = ", with an adapter" if about["has_adapter"] else ""
+    return f"kind {about['kind']!r} for {about['hidden_size']} hidden units{adapter}"
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -193,11 +222,53 @@ def read_about(folder: Path) -> dict[str, Any]:
         RunError: if there is none that can be read.
     """
     try:
-        return json.loads((folder / ABOUT).read_text())
+        about = json.loads((folder / ABOUT).read_text())
     except OSError as error:
         raise RunError(f"{folder} holds no critic: there is no {ABOUT}.") from error
     except ValueError as error:
         raise RunError(f"{folder / ABOUT} is damaged: {error}.") from error
+    wanted = {"kind", "hidden_size", "has_adapter", "base"}
+    if not isinstance(about, dict) or not wanted <= about.keys() or about["kind"] not in MAKES:
+        raise RunError(f"{folder / ABOUT} is damaged: it must give {', '.join(sorted(wanted))}.")
+    return about
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Errors of what reads a critic's files as one that names them."""
+    try:
+        yield
+    except TrlExtError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise RunError(
+            f"The critic in {folder} cannot be read: {str(error).strip().splitlines()[0]} Is a "
+            "file missing or damaged?"
+        ) from error
+
+
+def head_in(folder: Path) -> dict[str, Tensor]:
+    """The weights of a critic's head.
+
+    Raises:
+        RunError: if one is not finite.
+    """
+    head = load_file(folder / HEAD)
+    if not all(tensor.isfinite().all() for tensor in head.values()):
+        raise RunError(f"The critic in {folder} has a head that is not finite: its run diverged.")
+    return head
+
+
+def set_adapter_weights(backbone: PeftModel, weights: dict[str, Tensor]) -> None:
+    """Take over an adapter, all of it.
+
+    Raises:
+        RuntimeError: if a weight is missing or of another shape.
+    """
+    result = set_peft_model_state_dict(backbone, weights)
+    missing = [name for name in result.missing_keys if "lora_" in name]
+    if missing:
+        raise RuntimeError(f"{len(missing)} weights of the adapter are missing ({missing[0]}).")
 
 
 def lora_in(folder: Path) -> LoraConfig:
@@ -218,6 +289,10 @@ def of_a_backbone(lora: LoraConfig) -> LoraConfig:
     """A LoRA configuration, made anew and without what belongs to a head."""
     lora.task_type, lora.modules_to_save, lora.inference_mode = None, None, False
     lora.base_model_name_or_path = None
+    # Others subtract what they begin with from the weights below, which are the policy's.
+    lora.init_lora_weights = True
+    # Biases below are the policy's too.
+    lora.bias = "none"
     return lora
 
 

@@ -90,6 +90,12 @@ class PPOTrainer(PolicyTrainer):
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         critic = self.critic.trained()
         if id(critic[0]) not in known:
+            if self.lr_scheduler is not None:
+                raise ConfigError(
+                    "A scheduler was given by hand, and its optimizer does not train the critic: "
+                    "what PPO adds to it, the scheduler would not follow. Give the optimizer alone "
+                    "(optimizers=(optimizer, None)), and lr_scheduler_type."
+                )
             optimizer.add_param_group({"params": critic, "lr": self.args.critic_learning_rate})
         return optimizer
 
@@ -170,7 +176,7 @@ class PPOTrainer(PolicyTrainer):
         for parameter in self.critic.trained():
             if parameter.grad is not None:
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-        limit = self.args.max_grad_norm or torch.inf
+        limit = self.args.max_grad_norm if self.args.max_grad_norm > 0 else torch.inf
         norm = torch.nn.utils.clip_grad_norm_(self.critic.trained(), limit)
         if not norm.isfinite():
             raise RunError(
@@ -218,6 +224,11 @@ class PPOTrainer(PolicyTrainer):
 
     def _own_values(self, batch: Any) -> Tensor:
         """(B, T+1) from the critic's own backbone."""
+        if "pixel_values" in batch:
+            raise ConfigError(
+                f"critic={self.args.critic!r} reads text alone, and these prompts have images. Use "
+                "critic='head', which reads the policy's own states."
+            )
         ids, mask = whole(batch)
         self.critic.train(torch.is_grad_enabled())
         rows = self.args.per_device_train_batch_size

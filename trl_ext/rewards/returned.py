@@ -42,7 +42,12 @@ class Checked:
                     "one a token of completion_ids, or one for the completion."
                 )
         self.token_rewards = dense
-        checked = [sum(row) if isinstance(row, list) else row for row in checked]
+        checked = [
+            _number(sum(row), self.name, index, prompts, completions)
+            if isinstance(row, list)
+            else row
+            for index, row in enumerate(checked)
+        ]
         if not self.warned and checked and all(value is None for value in checked):
             self.warned = True
             logger.warning(

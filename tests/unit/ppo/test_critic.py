@@ -1,6 +1,8 @@
 """Critics of each make: what they share with the policy, where they begin, how they are kept."""
 
+import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,11 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
     BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 from tests.tiny import QUIET, prompts, save_tiny_llama
@@ -265,3 +271,90 @@ def test_an_earlier_critic_that_is_not_fit_is_refused_by_name(model_path, tmp_pa
     (folder / "critic.json").write_text("{")
     with pytest.raises(RunError, match=r"critic\.json is damaged"):
         critic.load(folder)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "gaussian"])
+def test_making_a_critic_leaves_the_policy_as_it_is(model_path, init):
+    """Some initialisations of LoRA change the weights below, which are shared."""
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=init)
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(model_path), lora).eval()
+    before = policy(IDS).logits.detach()
+    make_critic("adapter", policy)
+    assert torch.equal(policy(IDS).logits, before)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "model"])
+def test_what_the_policy_trains_whole_stays_its_own(model_path, kind):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "norm"])
+    base = AutoModelForCausalLM.from_pretrained(model_path)
+    untouched = copy.deepcopy(base)
+    policy = get_peft_model(base, lora)
+    trained = [name for name, p in policy.named_parameters() if p.requires_grad]
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "modules_to_save" in name:
+                parameter += 1.0
+    critic = make_critic(kind, policy)
+    assert trained == [name for name, p in policy.named_parameters() if p.requires_grad]
+    ours = {id(p) for p in policy.parameters() if p.requires_grad}
+    assert not ours & {id(p) for p in critic.parameters()}
+    torch.nn.init.ones_(critic.head.weight)
+    expected = critic.of_hidden(untouched.eval().base_model(IDS).last_hidden_state)
+    torch.testing.assert_close(values(critic), expected.detach())
+
+
+def test_a_model_of_its_own_begins_with_the_policys_weights_as_they_are(model_path):
+    policy = AutoModelForCausalLM.from_pretrained(model_path)
+    with torch.no_grad():
+        policy.model.embed_tokens.weight.mul_(3)
+    critic = make_critic("model", policy)
+    for name, weight in policy.base_model.named_parameters():
+        assert torch.equal(critic.backbone.get_parameter(name), weight)  # pyright: ignore
+        assert critic.backbone.get_parameter(name) is not weight  # pyright: ignore
+
+
+def test_a_folder_holds_one_critic_the_last(model_path, tmp_path):
+    policy = AutoModelForCausalLM.from_pretrained(model_path)
+    make_critic("model", policy).save(tmp_path / "critic")
+    adapted = get_peft_model(policy, LORA)
+    second = make_critic("model", adapted)
+    torch.nn.init.ones_(second.head.weight)
+    second.save(tmp_path / "critic")
+    assert {path.name for path in (tmp_path / "critic").iterdir()} == {
+        "critic.json",
+        "head.safetensors",
+        "adapter",
+    }
+    again = Critic.from_pretrained(tmp_path / "critic")
+    torch.testing.assert_close(values(again), values(second))
+
+
+@pytest.mark.parametrize("lost", ["adapter", "adapter/adapter_model.safetensors"])
+def test_a_critic_with_a_part_missing_is_not_read(model_path, tmp_path, lost):
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(model_path), LORA)
+    critic = make_critic("adapter", policy)
+    critic.save(tmp_path / "critic")
+    path = tmp_path / "critic" / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for read in (critic.load, lambda folder: Critic.from_pretrained(folder, policy)):
+        with pytest.raises(RunError, match="cannot be read"):
+            read(tmp_path / "critic")
+
+
+def test_a_critic_reads_the_policys_tokens_and_does_not_look_ahead(model_path, tmp_path):
+    policy = AutoModelForCausalLM.from_pretrained(model_path)
+    small = LlamaConfig(
+        vocab_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0,
+        bos_token_id=None, eos_token_id=0, intermediate_size=8,
+    )  # fmt: skip
+    LlamaForCausalLM(small).save_pretrained(tmp_path / "small")
+    with pytest.raises(ConfigError, match="knows 4 tokens and the policy writes 6"):
+        make_critic("model", policy, str(tmp_path / "small"))
+    bert = BertConfig(
+        vocab_size=6, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, hidden_dropout_prob=0.0, initializer_range=0.5,
+    )  # fmt: skip
+    bert.num_labels = 1
+    BertForSequenceClassification(bert).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ConfigError, match="looks ahead: what follows a prefix changes its value"):
+        make_critic("model", policy, str(tmp_path / "bert"))

@@ -1,6 +1,7 @@
 """What PPO does with a rollout: rewards, advantages, steps, and options that do not go together."""
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tests.tiny import QUIET, VOCABULARY, count_a, prompts, save_tiny_llama
 from trl_ext.errors import ConfigError, RunError
 from trl_ext.oracle import tabular_tokenizer
 from trl_ext.ppo import PPOConfig, PPOTrainer
+from trl_ext.rollout import Rollout
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +185,39 @@ def test_an_optimizer_given_by_hand_trains_the_critic_too(model_path, tmp_path):
     assert (trainer.critic.head.bias != 0).all()
 
 
+def test_a_scheduler_given_by_hand_is_refused(model_path, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    settings: dict[str, Any] = QUIET | {"per_device_train_batch_size": 8, "max_steps": 2}
+    trainer = PPOTrainer(
+        model,
+        count_a,
+        PPOConfig(str(tmp_path), beta=0.0, **settings),
+        prompts(),
+        processing_class=tabular_tokenizer(VOCABULARY),
+        optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)),
+    )
+    with pytest.raises(ConfigError, match=r"Give the optimizer alone"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("limit", [1.0, 0.0, -1.0])
+def test_the_critic_goes_towards_the_reward_whatever_clips_its_gradient(make, limit):
+    """transformers takes a limit of 0 or less for none."""
+    trainer = make(lambda completions, **_: [1.0] * len(completions), beta=0.0, max_grad_norm=limit)
+    trainer.train()
+    assert trainer.critic.head.bias.item() > 0
+
+
+def test_what_a_tools_answer_earned_is_earned_by_the_token_that_called_it(make):
+    trainer = make(lambda completions, **_: [0.0] * len(completions), beta=0.0)
+    trainer.reward_funcs[0].checked.token_rewards = {0: [0.0, 5.0, 0.25, 1.0]}
+    mask = torch.tensor([[1, 1, 1, 1]])
+    batch = {"completion_mask": mask, "tool_mask": torch.tensor([[1, 0, 0, 1]])}
+    rewards = trainer.token_rewards(Rollout(torch.tensor([[6.25]]), batch, slice(0, 1)))
+    assert rewards.tolist() == [[5.25, 0.0, 0.0, 1.0]]
+
+
 def test_the_best_checkpoint_brings_its_critic(make, tmp_path):
     """The reward falls by itself from evaluation to evaluation: the first is the best."""
     calls = iter(range(1000))
@@ -217,6 +252,27 @@ def test_the_best_checkpoint_brings_its_critic(make, tmp_path):
         ({"critic_learning_rate": -1.0}, "critic_learning_rate=-1.0 must be greater than 0"),
         ({"early_stop_kl": 0.1}, "early_stop_kl=0.1 does nothing with one step a rollout"),
         ({"surrogate": "penalty"}, "surrogate='penalty' does nothing with one step a rollout"),
+        (
+            {"critic_learning_rate": math.inf},
+            "critic_learning_rate=inf must be greater than 0",
+        ),
+        ({"beta": math.nan}, "beta: got nan; it must be from 0 on, and finite"),
+        ({"beta": -1.0}, "beta: got -1.0; it must be from 0 on, and finite"),
+        ({"old_kl_coef": 2.0}, "old_kl_coef=2.0 does nothing with surrogate='clip'"),
+        (
+            {"surrogate": "penalty", "num_iterations": 2, "epsilon": 0.1},
+            "epsilon=0.1 does nothing with surrogate='penalty'",
+        ),
+        (
+            {
+                "early_stop_kl": 0.1,
+                "per_device_train_batch_size": 8,
+                "gradient_accumulation_steps": 2,
+                "steps_per_generation": 3,
+            },
+            "3, must be a multiple of gradient_accumulation_steps, 2",
+        ),
+        ({"kl_estimator": "k4"}, "There is no KL estimator called 'k4'"),
         ({"loss_type": "sapo"}, "loss_type='sapo' must be one of dr_grpo, luspo"),
         ({"scale_rewards": "group"}, "scale_rewards='group' does nothing here"),
         ({"kl_estimator": "k3"}, "k3 in the reward"),

@@ -362,6 +362,7 @@ def test_one_number_a_token_counts_by_its_sum_and_is_kept():
     [
         ([[0.5]], r"'dense' returned 1 numbers for a completion of 2 tokens. Sample 0 of 1"),
         ([[0.5, math.nan]], r"returned nan, which is not a number"),
+        ([[3e38, 3e38]], r"returned 6e\+38, which is not finite in float32"),
         ([[0.5, None]], r"returned None, which is a NoneType"),
         ([[[0.5], [0.5]]], r"returned \[0.5\], which is a list"),
     ],
