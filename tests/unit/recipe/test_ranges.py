@@ -5,7 +5,7 @@ import pytest
 from tests.unit.recipe.conftest import LEAST
 from trl_ext.errors import ConfigError
 from trl_ext.recipe import read_recipe
-from trl_ext.recipe.ranges import RANGES
+from trl_ext.recipe.ranges import RANGES, allowed_instead
 from trl_ext.recipe.schema import LAUNCH_GROUP, class_fields, config_fields
 from trl_ext.registry import TRAINERS
 
@@ -121,4 +121,4 @@ def test_a_trainer_that_compares_nothing_within_a_group_takes_groups_of_one(writ
 def test_the_defaults_are_inside(trainer):
     for key, field in config_fields(TRAINERS.resolve(trainer)).items():
         if key in RANGES and field.default is not None:
-            assert field.default in RANGES[key], key
+            assert allowed_instead(key, field.default, field.least) is None, key
