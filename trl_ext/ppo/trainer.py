@@ -67,9 +67,10 @@ class PPOTrainer(PolicyTrainer):
         if args.critic == "head":
             self.read_hidden = lambda hidden: self.critic.of_hidden(hidden.detach())
         elif args.gradient_checkpointing:
-            self.critic.backbone.gradient_checkpointing_enable(  # pyright: ignore
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+            backbone: Any = self.critic.backbone
+            # transformers renamed it within 5.x.
+            enable = getattr(backbone, "activation_checkpointing_enable", None)
+            (enable or backbone.gradient_checkpointing_enable)({"use_reentrant": False})
         keep_nf4_gradients_on_cpu(self.critic)
         with torch.no_grad():
             # TRL seeds each process differently, and adapters begin at random.
