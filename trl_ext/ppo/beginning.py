@@ -187,7 +187,7 @@ def _check_fits(backbone: PreTrainedModel, policy: nn.Module, path: str | None) 
             f"critic_model_name_or_path: {path!r} knows {known} tokens and the policy writes "
             f"{needed}: a critic must have the policy's tokenizer."
         )
-    ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=backbone.device)
+    ids = torch.tensor([[1, 1, 0], [1, 1, 1]], device=backbone.device)
     with torch.no_grad():
         first, second = backbone.eval()(ids).last_hidden_state[:, 1].float()
     backbone.train()
