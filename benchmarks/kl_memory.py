@@ -13,8 +13,6 @@ mark of the process during the step, "added" what the step added to the weights 
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import statistics
@@ -26,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _memory import forget_peak, peak
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -150,39 +149,15 @@ def measure(case: str, workload: tuple[str, int, int], layers: int) -> dict[str,
     step = Step(*workload, layers=layers)
     step.run(case, batch=1)
     step.outer.zero_grad()
-    held = _forget_peak()
+    held = forget_peak()
     start = time.perf_counter()
     loss = step.run(case, BATCH)  # .item() waits for the device
     return {
         "seconds": time.perf_counter() - start,
-        "peak_mb": _peak() / 2**20,
+        "peak_mb": peak() / 2**20,
         "held_mb": held / 2**20,
         "loss": loss,
     }
-
-
-def _forget_peak() -> int:
-    """Give freed memory back and start the peak anew; bytes held now."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)
-    # Linux. Not getrusage: its mark cannot be reset, and a child starts with its parent's.
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _peak() -> int:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
 
 
 def _in_a_fresh_process(case: str, workload: tuple[str, int, int], layers: int) -> dict[str, float]:

@@ -9,8 +9,6 @@ the ratio is taken repetition by repetition.
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import statistics
 import tempfile
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _memory import forget_peak, peak
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
@@ -86,29 +85,6 @@ class Clock(TrainerCallback):
             self.seconds.append(time.perf_counter() - self._start)
 
 
-def _forget_peak() -> int:
-    """Give freed memory back and start the peak anew; bytes held now."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM
-    return _status("VmRSS")
-
-
-def _peak() -> int:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
-
-
 def _cheap_reward(completions: list[str], **kwargs: Any) -> list[float]:
     """Differs within a group and costs nothing."""
     return [float(sum(map(ord, text)) % 7) for text in completions]
@@ -117,7 +93,7 @@ def _cheap_reward(completions: list[str], **kwargs: Any) -> list[float]:
 def run(case: str, model: str, prompts: Any, steps: int, seed: int) -> Clock:
     """Train `steps` steps and return the clock."""
     trainer_class, config_class, options = CASES[case]
-    clock, held = Clock(), _forget_peak()
+    clock, held = Clock(), forget_peak()
     with tempfile.TemporaryDirectory() as folder:
         args = config_class(
             folder,
@@ -147,7 +123,7 @@ def run(case: str, model: str, prompts: Any, steps: int, seed: int) -> Clock:
             callbacks=[clock],
         )
         trainer.train()
-    clock.peak_bytes = _peak() - held
+    clock.peak_bytes = peak() - held
     return clock
 
 

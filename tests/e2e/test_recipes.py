@@ -2,6 +2,7 @@
 
 import pytest
 
+from trl_ext.build import build_trainer
 from trl_ext.launch import train
 from trl_ext.recipe import read_recipe
 from trl_ext.recipe.shipped import recipe_names
@@ -9,9 +10,9 @@ from trl_ext.recipe.shipped import recipe_names
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("name", recipe_names())
-def test_two_steps(name, byte_llama, tmp_path, capsys):
-    settings = [
+def tiny(byte_llama, tmp_path) -> list[str]:
+    """What makes any recipe one of a tiny model and two steps."""
+    return [
         f"output_dir={tmp_path / 'out'}",
         f"model_name_or_path={byte_llama}",
         "max_steps=2",
@@ -24,7 +25,18 @@ def test_two_steps(name, byte_llama, tmp_path, capsys):
         "gradient_accumulation_steps=1",
         "max_completion_length=4",
     ]
-    train(read_recipe(name, settings))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_two_steps(name, byte_llama, tmp_path, capsys):
+    train(read_recipe(name, tiny(byte_llama, tmp_path)))
     assert "Held-out prompts" in capsys.readouterr().out
     weights = ("adapter_model.safetensors", "model.safetensors")
     assert any((tmp_path / "out" / file).is_file() for file in weights)
+
+
+def test_a_list_of_one_module_is_that_module(byte_llama, tmp_path):
+    """TRL makes it a text, which peft takes for a pattern of whole names."""
+    settings = [*tiny(byte_llama, tmp_path), "lora_target_modules=[q_proj]"]
+    trainer = build_trainer(read_recipe("grpo/smollm2", settings))
+    assert trainer.model.peft_config["default"].target_modules == {"q_proj"}  # pyright: ignore

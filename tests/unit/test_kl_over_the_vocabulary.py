@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 from transformers import BitsAndBytesConfig
 from trl.trainer.utils import use_adapter
 
 from tests.tiny import QUIET, count_a, prompts, save_tiny_llama
+from trl_ext.errors import ConfigError
 from trl_ext.functional import exact_kl, masked_sum, topk_kl
 from trl_ext.grpo import GRPOConfig, GRPOTrainer
 from trl_ext.rollout import whole
@@ -112,8 +113,19 @@ def test_accumulation_and_clamp(make):
     assert 0 < kl <= 4e-4 + 1e-6, "four tokens at most"
 
 
-def test_the_reference_is_not_run_twice(make, monkeypatch):
+def test_the_reference_is_not_run_twice(make):
     """TRL's own pass over the rollout by the reference is left out: nothing reads it."""
     trainer = make(kl_estimator="exact")
     trainer.train()
     assert "ref_per_token_logps" not in trainer.rollout.batch
+
+
+@pytest.mark.parametrize("placement", ["loss", "both", "none"])
+def test_virtual_tokens_and_images_are_refused(make, placement):
+    """The reference would be run without them: a KL of something else."""
+    virtual = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    with pytest.raises(ConfigError, match="does not know the virtual tokens of prompt tuning"):
+        make(virtual, kl_estimator="exact", kl_placement=placement).train()
+    trainer = make(LORA, kl_estimator="exact", kl_placement=placement)
+    with pytest.raises(ConfigError, match="run the reference on text alone"):
+        trainer.kl.per_token(torch.zeros(1, 1), {"pixel_values": None}, [torch.zeros(1, 2, 3)])

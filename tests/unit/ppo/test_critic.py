@@ -358,3 +358,15 @@ def test_a_critic_reads_the_policys_tokens_and_does_not_look_ahead(model_path, t
     BertForSequenceClassification(bert).save_pretrained(tmp_path / "bert")
     with pytest.raises(ConfigError, match="looks ahead: what follows a prefix changes its value"):
         make_critic("model", policy, str(tmp_path / "bert"))
+
+
+def test_a_checkpoint_that_lost_a_part_is_not_resumed(train, tmp_path):
+    train(save_strategy="steps", save_steps=1)
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    (checkpoint / "rollout_0.pt").rename(tmp_path / "kept")
+    with pytest.raises(RunError, match=r"has no rollout_0\.pt, which says how far a rollout"):
+        train(resume=str(checkpoint))
+    (tmp_path / "kept").rename(checkpoint / "rollout_0.pt")
+    shutil.rmtree(checkpoint / "critic")
+    with pytest.raises(RunError, match="holds no critic"):
+        train(resume=str(checkpoint))
