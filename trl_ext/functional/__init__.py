@@ -9,6 +9,13 @@ from trl_ext.functional.advantages import (
 )
 from trl_ext.functional.aggregate import TokenAggregation, aggregate_tokens
 from trl_ext.functional.baselines import Baseline, baseline, held_returns, score_norms
+from trl_ext.functional.experts import (
+    entropy,
+    entropy_weights,
+    plausible,
+    product_of_experts,
+    weighted_scores,
+)
 from trl_ext.functional.gibbs import (
     effective_sample_size,
     gibbs_weights,
@@ -28,6 +35,8 @@ __all__ = [
     "baseline",
     "clipped_surrogate",
     "effective_sample_size",
+    "entropy",
+    "entropy_weights",
     "exact_forward_kl",
     "exact_kl",
     "gae",
@@ -44,11 +53,14 @@ __all__ = [
     "next_values",
     "off_policy_credit",
     "optimism",
+    "plausible",
     "prefix_log_ratio",
+    "product_of_experts",
     "reward_to_go",
     "score_norms",
     "topk_kl",
     "value_loss",
     "weight_entropy",
     "weighted_nll",
+    "weighted_scores",
 ]

@@ -1,0 +1,414 @@
+"""`ProductOfExperts`: a causal language model made of experts, at decoding time."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+from trl_ext.errors import ConfigError, RunError
+from trl_ext.functional import plausible, weighted_scores
+from trl_ext.poe.checks import check_experts, device_of, model_of
+from trl_ext.poe.experts import Source, Step, TokenReward, sources_of
+from trl_ext.poe.weights import WeightRule
+
+
+class ProductOfExpertsConfig(PretrainedConfig):
+    """The width of the shared vocabulary, for transformers' `generate`."""
+
+    model_type = "product_of_experts"
+
+
+@dataclass
+class ProductOutput(ModelOutput):
+    """What a forward pass gives.
+
+    Attributes:
+        logits: (B, keep, V) Σ_k w_k·logits_k of the next token: those of one model of weight 1 as
+            they are, so that transformers' logits processors do to it what they do to the model.
+        log_z: (B, keep) log Σ_v Π_k p_k(v)^{w_k}, nats.
+        past_key_values: what the experts remember.
+    """
+
+    logits: Tensor | None = None
+    log_z: Tensor | None = None
+    past_key_values: Cache | None = None
+
+
+class ProductCache(Cache):
+    """The tokens read so far, and each expert's own cache."""
+
+    def __init__(self, sources: Sequence[Source]):
+        super().__init__(layers=[])
+        self.sources = sources
+        self.caches = [source.new_cache() for source in sources]
+        self.ids: Tensor | None = None
+
+    def append(self, ids: Tensor) -> Tensor:
+        """All tokens, these included; (B, S + T)."""
+        self.ids = ids if self.ids is None else torch.cat([self.ids, ids], dim=1)
+        return self.ids
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens read so far."""
+        return 0 if self.ids is None else self.ids.size(1)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Go on from these rows: beam search."""
+        assert self.ids is not None
+        self.ids = self.ids.index_select(0, beam_idx)
+        for source, cache in zip(self.sources, self.caches, strict=True):
+            source.reorder(cache, beam_idx)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def is_compileable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Never: it grows."""
+        return False
+
+
+class ProductOfExperts(PreTrainedModel, GenerationMixin):
+    """π(v | x_≤t) = Π_k p_k(v | x_≤t)^{w_k} / Z(x_≤t): decode from several experts as from one.
+
+    Equation E14, for two experts P_N, P_θ of weights α and 1 − α: the target of training with the
+    reward log P_N − log P_θ and the KL coefficient 1/α, had without training (Equations E15-E19).
+    It is normalised at each token; trained policies approach the product of whole sequences
+    (Equation E21). Works with transformers' `generate`: sampling, greedy, beams, left-padded
+    batches, streamers, `num_return_sequences`.
+
+    Experts are
+    - causal language models, on one device and of one dtype;
+    - LoRA adapters of one PEFT model, and that model without them: `Adapter(model, "name")`,
+      `Adapter(model, None)`, or simply the two model objects. One copy of the weights and one
+      batched forward pass serve them all;
+    - `NGramExpert`, `NaiveBayesExpert`, or anything with log_probs(input_ids, attention_mask);
+    - `TokenReward`, with weight 1/β.
+
+    Models among them are put into evaluation mode.
+
+    Args:
+        experts: name -> expert, or a list.
+        weights: name -> weight, or a list; `EntropyWeights` for weights that depend on the
+            context. A weight is a number, or a function of positions (B, T), 0 = the first token
+            of the completion, that returns one number each. Negative weights push away.
+        plausibility: keep only tokens with at least this times the probability of the likeliest,
+            as `plausible_under` sees them. None keeps all; wanted for weights that sum to 0 or
+            less.
+        plausible_under: name of the expert that judges; the one of the largest weight by default.
+        tokenizers: name -> tokenizer, to compare vocabularies. Those of counted experts and of
+            models from a local folder are found without.
+
+    Raises:
+        ConfigError: if experts differ in vocabulary, device or dtype, cannot be experts, or the
+            weights sum to nothing.
+    """
+
+    config_class = ProductOfExpertsConfig
+    main_input_name = "input_ids"
+    _no_split_modules: ClassVar[list[str]] = []
+    # What its prompts are written with, where it was loaded from paths (`load_product`).
+    tokenizer: Any = None
+
+    def __init__(
+        self,
+        experts: Mapping[str, Any] | Sequence[Any],
+        weights: Any,
+        *,
+        plausibility: float | None = None,
+        plausible_under: str | None = None,
+        tokenizers: Mapping[str, Any] | None = None,
+    ):
+        named = _named(experts)
+        sources = sources_of(named)
+        vocab_size = check_experts(named, tokenizers or {})
+        models = [model for model in map(model_of, named.values()) if model is not None]
+        super().__init__(_config(models, vocab_size))
+        self.experts = named
+        self.sources = sources
+        self.members = nn.ModuleList(models)
+        self.generation_config = _generation_config(models)
+        priors = [_prior_entropy(expert, vocab_size) for expert in named.values()]
+        self.weights = WeightRule(list(named), weights, priors, plausibility is not None)
+        self.plausibility = _checked_cutoff(plausibility)
+        self.judge = self._place(plausible_under) if plausible_under else self.weights.heaviest
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the experts are."""
+        known = (device_of(expert) for expert in self.experts.values())
+        return next((device for device in known if device is not None), torch.device("cpu"))
+
+    def new_cache(self) -> ProductCache:
+        """An empty cache, for `past_key_values`."""
+        return ProductCache([source for source, _ in self.sources])
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: ProductCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        prompt_lengths: Tensor | None = None,
+        **_: Any,
+    ) -> ProductOutput:
+        """The logits of the product's next token at each position.
+
+        Args:
+            input_ids: (B, T) the tokens that `past_key_values` has not seen.
+            attention_mask: (B, S + T), 1 = token, with those seen.
+            position_ids: (B, T), 0 = a row's first token; from the mask by default.
+            past_key_values: from `new_cache`, or an earlier output.
+            use_cache: whether to make a cache where none is given.
+            logits_to_keep: how many of the last positions to score; 0 for all.
+            prompt_lengths: (B,) tokens of each prompt, where a schedule's position 0 comes.
+
+        Raises:
+            RunError: if an expert's scores are not numbers, or the product leaves no token.
+        """
+        if past_key_values is None and use_cache:
+            past_key_values = self.new_cache()
+        step = self._pass(input_ids, attention_mask, position_ids, past_key_values, logits_to_keep)
+        scores = self._scores(step, past_key_values)
+        norms = [s.logsumexp(-1) for s in scores]
+        mask = step.mask[:, -step.keep :].bool()
+        self._check_scores(norms, mask)
+        positions = None
+        if self.weights.is_scheduled:
+            first = 0 if prompt_lengths is None else prompt_lengths[:, None]
+            positions = (step.new_positions[:, -step.keep :] + 1 - first).clamp(min=0)
+        keep = None
+        if self.plausibility is not None:
+            keep = plausible(scores[self.judge], self.plausibility)
+        if self.weights.by_entropy:
+            scores = [s - norm[..., None] for s, norm in zip(scores, norms, strict=True)]
+            norms = [torch.zeros_like(norm) for norm in norms]
+        weights = self.weights(scores, positions)
+        product = weighted_scores(scores, weights, keep)
+        log_z = product.logsumexp(-1)
+        self._check_product(log_z, mask)
+        for expert, weight, norm in zip(self.experts.values(), weights, norms, strict=True):
+            if not isinstance(expert, TokenReward):
+                log_z = log_z - weight.to(norm.device) * norm
+        return ProductOutput(logits=product, log_z=log_z, past_key_values=past_key_values)
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, **options: Any) -> Any:
+        """As transformers' `generate`, of the product. Pad prompts on the left."""
+        ids = inputs if inputs is not None else options.get("input_ids")
+        if ids is None:
+            raise ConfigError("generate needs input_ids (B, T): a tokenizer's output, **unpacked.")
+        self._check_ids(ids)
+        mask = options.get("attention_mask")
+        if self.weights.is_scheduled and options.get("prompt_lengths") is None:
+            rows = torch.full((len(ids),), ids.size(1), device=ids.device)
+            options["prompt_lengths"] = rows if mask is None else mask.sum(1)
+        if options.get("past_key_values") is None and options.get("use_cache") is not False:
+            options["past_key_values"] = self.new_cache()
+        return super().generate(inputs, **options)  # pyright: ignore[reportAttributeAccessIssue]
+
+    @torch.no_grad()
+    def log_probs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        prompt_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """log π(v | x_≤t): row t is the distribution of the token after x_t. Equation E14.
+
+        Args:
+            input_ids: (B, T) token ids.
+            attention_mask: (B, T), 1 = token, 0 = padding on either side.
+            prompt_lengths: (B,) as in `forward`.
+
+        Returns:
+            (B, T, V) nats, float32, normalised over V; uniform at padding.
+        """
+        output = self._whole(input_ids, attention_mask, prompt_lengths)
+        assert output.logits is not None
+        logits = output.logits
+        if attention_mask is not None:
+            logits = logits.masked_fill(attention_mask[..., None] == 0, 0.0)
+        return logits.log_softmax(-1)
+
+    @torch.no_grad()
+    def log_z(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        prompt_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """log Z(x_≤t) = log Σ_v Π_k p_k(v | x_≤t)^{w_k}, nats, (B, T); 0 at padding.
+
+        For weights α and 1 − α it is 0 where the experts agree and negative elsewhere.
+        """
+        log_z = self._whole(input_ids, attention_mask, prompt_lengths).log_z
+        assert log_z is not None
+        return log_z if attention_mask is None else log_z.masked_fill(attention_mask == 0, 0.0)
+
+    def expert_log_probs(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Each expert's own (B, T, V), nats: name -> log p_k(v | x_≤t), or a reward's values."""
+        self._check_ids(input_ids)
+        with torch.no_grad():
+            step = self._pass(input_ids, attention_mask, None, None, 0)
+            scores = dict(zip(self.experts, self._scores(step, None), strict=True))
+        return {
+            name: s if isinstance(self.experts[name], TokenReward) else s.log_softmax(-1)
+            for name, s in scores.items()
+        }
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a product has no weights of its own.
+
+        Raises:
+            ConfigError: always; it says what to do.
+        """
+        raise ConfigError(
+            "A product of experts has no weights of its own to save. Save its experts, or distil "
+            "it into one model (trl_ext.PoEDistillationTrainer)."
+        )
+
+    def _whole(
+        self, input_ids: Tensor, attention_mask: Tensor | None, prompt_lengths: Tensor | None
+    ) -> ProductOutput:
+        self._check_ids(input_ids)
+        return self(input_ids, attention_mask, prompt_lengths=prompt_lengths)
+
+    def _pass(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: ProductCache | None,
+        keep: int,
+    ) -> Step:
+        ids = input_ids if cache is None else cache.append(input_ids)
+        has_padding = attention_mask is not None
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+        if mask.shape != ids.shape:
+            raise ConfigError(
+                f"attention_mask is {tuple(mask.shape)} for tokens {tuple(ids.shape)}, those seen "
+                "before included; it must be of their shape."
+            )
+        if position_ids is None:
+            position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+        new = input_ids.size(1)
+        return Step(
+            input_ids,
+            position_ids[:, -new:],
+            ids,
+            mask,
+            has_padding,
+            min(keep, new) or new,
+            cache is not None,
+        )
+
+    def _scores(self, step: Step, cache: ProductCache | None) -> list[Tensor]:
+        """Each expert's (B, keep, V), in order."""
+        scores: list[Tensor] = [torch.empty(0)] * len(self.experts)
+        caches = cache.caches if cache is not None else [None] * len(self.sources)
+        for (source, places), own in zip(self.sources, caches, strict=True):
+            for place, of_one in zip(places, source.scores(step, own), strict=True):
+                scores[place] = of_one[..., : self.config.vocab_size]
+        return scores
+
+    def _check_scores(self, norms: list[Tensor], mask: Tensor) -> None:
+        for name, norm in zip(self.experts, norms, strict=True):
+            # A logarithm of a sum with NaN or inf in it is one.
+            broken = (norm.isnan() | norm.isposinf()) & mask
+            if broken.any():
+                row, position = broken.nonzero()[0].tolist()
+                raise RunError(
+                    f"The expert {name!r} gives NaN or infinite logits in row {row} of the batch, "
+                    f"position {position} of those scored. Load it in float32 or bfloat16, and "
+                    "look at its weights."
+                )
+
+    def _check_product(self, log_z: Tensor, mask: Tensor) -> None:
+        if not (broken := ~log_z.isfinite() & mask).any():
+            return
+        names = ", ".join(map(repr, self.experts))
+        if (log_z[broken] == -torch.inf).any():
+            raise RunError(
+                f"The experts {names} leave no token: each is forbidden (−inf) by one of them or "
+                "by the cut-off. Smooth the expert that forbids (pseudo_count), or lower "
+                "plausibility."
+            )
+        raise RunError(
+            f"A product of {names} is not finite: an expert of negative weight gives a token "
+            "probability 0 that the others allow. Smooth it, or set plausibility=0.1."
+        )
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if ids.dim() != 2 or ids.dtype not in (torch.int32, torch.int64):
+            raise ConfigError(
+                f"input_ids must be whole numbers (B, T), got {ids.dtype} {tuple(ids.shape)}."
+            )
+        if ids.device.type != self.device.type:
+            raise ConfigError(
+                f"input_ids are on {ids.device} and the experts on {self.device}; move them with "
+                f'.to("{self.device}").'
+            )
+        if ids.numel() and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
+            worst = ids.max() if ids.min() >= 0 else ids.min()
+            raise ConfigError(
+                f"input_ids has the token {worst.item()}; the experts share the tokens 0 to "
+                f"{self.config.vocab_size - 1}. Is it another tokenizer's?"
+            )
+
+    def _place(self, name: str) -> int:
+        if name not in self.experts:
+            raise ConfigError(
+                f"plausible_under={name!r} is no expert. The experts: {', '.join(self.experts)}."
+            )
+        return list(self.experts).index(name)
+
+
+def _named(experts: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
+    if not isinstance(experts, Mapping):
+        experts = {str(place): expert for place, expert in enumerate(experts)}
+    if not experts:
+        raise ConfigError("A product of experts needs at least one expert, got none.")
+    return dict(experts)
+
+
+def _config(models: Sequence[Any], vocab_size: int) -> ProductOfExpertsConfig:
+    config = ProductOfExpertsConfig()
+    config.vocab_size = vocab_size
+    lengths = [getattr(m.config, "max_position_embeddings", None) for m in models]
+    known = [length for length in lengths if isinstance(length, int)]
+    if known:
+        config.max_position_embeddings = min(known)
+    return config
+
+
+def _generation_config(models: Sequence[Any]) -> GenerationConfig:
+    """That of the first model: its end and padding tokens, its sampling defaults."""
+    for model in models:
+        own = getattr(model, "generation_config", None)
+        if own is not None:
+            return GenerationConfig.from_dict(own.to_dict())
+    return GenerationConfig()
+
+
+def _prior_entropy(expert: Any, vocab_size: int) -> float:
+    known = getattr(expert, "prior_entropy", None)
+    return float(known) if known is not None else float(torch.tensor(vocab_size).log())
+
+
+def _checked_cutoff(plausibility: float | None) -> float | None:
+    if plausibility is not None and not 0 < plausibility <= 1:
+        raise ConfigError(
+            f"plausibility={plausibility!r} must be greater than 0 and at most 1: a token stays "
+            "if it is at least that many times as likely as the likeliest. None keeps all."
+        )
+    return plausibility
