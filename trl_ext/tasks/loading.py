@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_ext.errors import ConfigError, DataError
-from trl_ext.tasks import char_reverse, reasoning_gym
+from trl_ext.tasks import char_reverse, openings, reasoning_gym
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 GENERATED = "reasoning_gym/"
+OWN = {"char_reverse": char_reverse.splits, "openings": openings.splits}
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 DEFAULT_TEST_SPLIT = "test"  # TRL's default: absent, it is nobody's mistake
 
@@ -23,7 +24,7 @@ def load_splits(
 
     Args:
         script: of a recipe's values these are read: `dataset_name` (`reasoning_gym/<task>`,
-            `char_reverse`, a file, a directory or a hub id), `dataset_config`,
+            `char_reverse`, `openings`, a file, a directory or a hub id), `dataset_config`,
             `dataset_train_split`, `dataset_test_split`, `dataset_streaming` as in TRL, and
             `dataset_kwargs`: a generated task's settings, or arguments of `datasets.load_dataset`.
 
@@ -34,12 +35,9 @@ def load_splits(
     """
     name = script.get("dataset_name")
     if not name:
-        raise DataError(
-            "The recipe names no dataset. Set dataset_name to reasoning_gym/<task>, char_reverse, "
-            f"a {', '.join(BUILDERS)} file, a directory, or a dataset on the hub."
-        )
+        raise DataError(f"The recipe names no dataset. Set dataset_name to {_ways()}.")
     kwargs = script.get("dataset_kwargs") or {}
-    if name == "char_reverse" or name.startswith(GENERATED):
+    if name in OWN or name.startswith(GENERATED):
         _refuse_loading_options(script, name)
         splits = _generate(name, kwargs)
     else:
@@ -69,7 +67,7 @@ def _refuse_loading_options(
 def _generate(name: str, kwargs: dict[str, Any]) -> "dict[str, Dataset]":
     if name.startswith(GENERATED):
         return reasoning_gym.splits(name.removeprefix(GENERATED), kwargs)
-    return char_reverse.splits(kwargs)
+    return OWN[name](kwargs)
 
 
 def _select(splits: Mapping[Any, Any], split: str, name: str, key: str) -> Any:
@@ -115,9 +113,8 @@ def _load_dataset(name: str, arguments: dict[str, Any], *, streaming: bool) -> M
             ) from error
         raise DataError(
             f"The dataset {name} cannot be read: {type(reason).__name__}: {reason}."
-            f"{_generated_neighbour(name)} dataset_name is reasoning_gym/<task>, char_reverse, "
-            f"a {', '.join(BUILDERS)} file, a directory, or a dataset on the hub (which needs the "
-            "network, or an earlier download)."
+            f"{_generated_neighbour(name)} dataset_name is {_ways()} (which needs the network, or "
+            "an earlier download)."
         ) from error
     if not isinstance(splits, Mapping):
         raise ConfigError(
@@ -136,11 +133,17 @@ def _says_no_rows(reason: BaseException) -> bool:
 def _generated_neighbour(name: str) -> str:
     """A generated task of nearly that name, for the error message."""
     head, _, task = name.partition("/")
-    close = difflib.get_close_matches(head, ["char_reverse", GENERATED.rstrip("/")], n=1)
+    close = difflib.get_close_matches(head, [*OWN, GENERATED.rstrip("/")], n=1)
     if not close:
         return ""
-    meant = "char_reverse" if close[0] == "char_reverse" else f"{GENERATED}{task or '<task>'}"
+    meant = close[0] if close[0] in OWN else f"{GENERATED}{task or '<task>'}"
     return f" Did you mean {meant!r}?"
+
+
+def _ways() -> str:
+    """What dataset_name may be, for error messages."""
+    own, files = ", ".join(OWN), ", ".join(BUILDERS)
+    return f"{GENERATED}<task>, {own}, a {files} file, a directory, or a dataset on the hub"
 
 
 def _was_saved_to_disk(path: Path) -> bool:
