@@ -30,6 +30,8 @@ COMMANDS = {
     "show": "Print the merged recipe, and where each value comes from.",
     "ls": "List the shipped recipes.",
     "cp": "Copy a shipped recipe, to change it.",
+    "generate": "Answer prompts with a product of experts, beside each expert alone.",
+    "count": "Count an n-gram or naive Bayes expert from a corpus.",
     "kl-table": "Grade every KL penalty exactly, your own too.",
     "oracle-check": "Train the trainers side by side where the optimum is known exactly.",
     "env": "Print versions and devices, for a bug report.",

@@ -1,0 +1,183 @@
+"""Texts to count and prompts to answer, from files; for plain ones nothing heavy is imported."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trl_ext.errors import DataError, MissingDependencyError
+from trl_ext.tasks.loading import BUILDERS, load_splits
+
+PYDOC = "pydoc"
+TEXT_COLUMN = "text"
+Prompt = str | list[dict[str, Any]]
+
+_LEAST_WORDS = 8  # a paragraph with fewer is a heading, a signature or a caption
+# How a paragraph of the language reference is marked as a point of a list, or as a footnote.
+_MARKER = re.compile(r"^(?:[*-]|\d+\.|\[\d+\])\s+")
+
+
+def corpus_texts(name_or_path: str, column: str | None = None) -> list[str]:
+    """The texts of a corpus.
+
+    Args:
+        name_or_path: a text file (one text a line; empty lines are left out), a .jsonl, .json,
+            .parquet or .csv file, a dataset's folder (its `train` split), or `pydoc`: the prose of
+            Python's own language reference, one text a paragraph.
+        column: of a dataset, where it is not `text`.
+
+    Raises:
+        DataError: if there is no such corpus, it has no such column, or holds no text.
+        MissingDependencyError: if this Python has no language reference.
+    """
+    path = Path(name_or_path).expanduser()
+    is_plain = name_or_path == PYDOC or (path.is_file() and path.suffix.lower() not in BUILDERS)
+    if is_plain and column is not None:
+        raise DataError(
+            f"column is {column!r}, and {name_or_path} is plain text, which has no columns. Leave "
+            "column out."
+        )
+    if name_or_path == PYDOC:
+        return _pydoc()
+    if is_plain:
+        texts = [line for line in _lines(path) if line.strip()]
+    elif path.exists():
+        texts = _column_of(name_or_path, column or TEXT_COLUMN)
+    else:
+        raise DataError(
+            f"There is no corpus {name_or_path!r}. Give a text file (one text a line), a "
+            f"{', '.join(BUILDERS)} file, the folder of a dataset, or {PYDOC!r}."
+        )
+    if not texts:
+        raise DataError(f"The corpus {name_or_path} holds no text. Write one text a line.")
+    return texts
+
+
+def read_prompts(name: str) -> list[Prompt]:
+    """Prompts of a file.
+
+    Args:
+        name: of a text file (one prompt a line; empty lines are left out), or of a .jsonl, .json,
+            .parquet or .csv file with the key or column `prompt`: a text, or chat messages.
+
+    Raises:
+        DataError: if it cannot be read, holds no prompt, or one that is none; with its line.
+    """
+    path = Path(name).expanduser()
+    prompts: list[Prompt]
+    if not path.is_file():
+        raise DataError(
+            f"There is no prompt file {name!r}. Give a text file with one prompt a line, or a "
+            ".jsonl file with the key 'prompt'."
+        )
+    if path.suffix.lower() == ".jsonl":
+        prompts = list(_json_prompts(path))
+    elif path.suffix.lower() in BUILDERS:
+        rows = _column_of(name, "prompt", str | list)
+        prompts = [_checked(row, f"{name}, row {index}") for index, row in enumerate(rows)]
+    else:
+        prompts = [line for line in _lines(path) if line.strip()]
+    if not prompts:
+        raise DataError(f"The prompt file {name} is empty. Write one prompt a line.")
+    return prompts
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not a text file in UTF-8: {error.reason} at byte {error.start}. Convert "
+            "it, for example with iconv."
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    return text.split("\n")
+
+
+def _json_prompts(path: Path) -> Iterator[Prompt]:
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{where}: this is not JSON: {error.msg}. A .jsonl file has one object a line, "
+                'such as {"prompt": "What is rain?"}.'
+            ) from error
+        if not isinstance(row, dict) or "prompt" not in row:
+            found = f"the keys {', '.join(row)}" if isinstance(row, dict) else f"{row!r}"
+            raise DataError(
+                f"{where}: there is no key 'prompt', but {found}. Write "
+                '{"prompt": "What is rain?"}, or messages in place of the text.'
+            )
+        yield _checked(row["prompt"], where)
+
+
+def _checked(prompt: Any, where: str) -> Prompt:
+    is_text = isinstance(prompt, str) and prompt.strip()
+    is_chat = isinstance(prompt, list) and prompt and all(map(_is_message, prompt))
+    if not is_text and not is_chat:
+        shown = repr(prompt)
+        raise DataError(
+            f"{where}: the prompt is {shown if len(shown) <= 80 else shown[:77] + '...'}; it must "
+            'be a text that is not empty, or a list of messages {"role": "user", "content": "…"}.'
+        )
+    return prompt
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(
+        isinstance(message.get(key), str) for key in ("role", "content")
+    )
+
+
+def _column_of(name: str, column: str, kind: Any = str) -> list[Any]:
+    """A column of a dataset's `train` split."""
+    dataset, _ = load_splits({"dataset_name": name})
+    columns = dataset.column_names or []
+    if column not in columns:
+        raise DataError(
+            f"{name} has no column {column!r}; its columns are {', '.join(columns)}. Name the one "
+            "that is meant, or rename it."
+        )
+    rows = list(dataset[column])
+    wrong = next((index for index, row in enumerate(rows) if not isinstance(row, kind)), None)
+    if wrong is not None:
+        raise DataError(
+            f"{name}, row {wrong}: the column {column!r} holds a {type(rows[wrong]).__name__}, "
+            "not a text. Name a column of texts."
+        )
+    return rows
+
+
+def _pydoc() -> list[str]:
+    """The prose of the language reference: whole paragraphs, each on one line."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise MissingDependencyError(
+            "The corpus 'pydoc' is Python's module pydoc_data.topics, which this Python lacks. Use "
+            "a Python that was installed whole, or give a text file."
+        ) from error
+    paragraphs = (
+        _MARKER.sub("", " ".join(paragraph.split()))
+        for _, topic in sorted(topics.items())
+        for paragraph in re.split(r"\n\s*\n", topic)
+    )
+    return [paragraph for paragraph in dict.fromkeys(paragraphs) if _is_prose(paragraph)]
+
+
+def _is_prose(paragraph: str) -> bool:
+    """Whether it is a sentence, and not an example, a rule of the grammar or a signature."""
+    words = paragraph.split()
+    return (
+        len(words) >= _LEAST_WORDS
+        and paragraph[-1] in ".:"
+        and paragraph[0] in '"“*(ABCDEFGHIJKLMNOPQRSTUVWXYZ'
+        and ">>>" not in paragraph
+        and "::=" not in words
+    )
