@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trl_ext.grpo import GRPOConfig, GRPOTrainer
+    from trl_ext.poe.distillation import PoEDistillationConfig, PoEDistillationTrainer
     from trl_ext.ppo import PPOConfig, PPOTrainer
     from trl_ext.reinforce import ReinforceConfig, ReinforceTrainer
     from trl_ext.rwr import RWRConfig, RWRTrainer
@@ -20,6 +21,8 @@ _HOMES = {
     "GRPOTrainer": "trl_ext.grpo",
     "PPOConfig": "trl_ext.ppo",
     "PPOTrainer": "trl_ext.ppo",
+    "PoEDistillationConfig": "trl_ext.poe.distillation",
+    "PoEDistillationTrainer": "trl_ext.poe.distillation",
     "RWRConfig": "trl_ext.rwr",
     "RWRTrainer": "trl_ext.rwr",
     "ReinforceConfig": "trl_ext.reinforce",
@@ -31,6 +34,8 @@ __all__ = [
     "GRPOTrainer",
     "PPOConfig",
     "PPOTrainer",
+    "PoEDistillationConfig",
+    "PoEDistillationTrainer",
     "RWRConfig",
     "RWRTrainer",
     "ReinforceConfig",

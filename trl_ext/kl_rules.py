@@ -5,7 +5,7 @@ and a contract test holds the two together. Plain data: nothing is imported to c
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 PLACEMENTS = ("loss", "reward", "both", "none")
@@ -53,6 +53,31 @@ UNSOUND = {
     ),
 }
 
+# What `poe_alpha` does not go with: option, its values that are right, why others are not, what
+# to set it to.
+_AGAINST_ALPHA = (
+    ("kl_controller", ("constant",), "moves beta, which 1/poe_alpha holds", "constant"),
+    ("kl_placement", ("loss", "reward", "both"), "leaves no penalty for beta to scale", "reward"),
+    (
+        "scale_rewards",
+        ("none", False),
+        "divides rewards by their standard deviation, so that beta is in other units",
+        "none",
+    ),
+    (
+        "multi_objective_aggregation",
+        ("sum_then_normalize",),
+        "divides rewards by their standard deviation, so that beta is in other units",
+        "sum_then_normalize",
+    ),
+    (
+        "reference",
+        ("fixed",),
+        "tilts the policy once more with every rollout, so that it passes the product",
+        "fixed",
+    ),
+)
+
 
 def kl_findings(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What is wrong with the KL options of a policy trainer: (option, why and what to do).
@@ -69,6 +94,48 @@ def kl_findings(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not found and values["beta"] and values["kl_placement"] != "none":
         found += _soundness(values)
     return found
+
+
+def beta_of_alpha(alpha: Any, beta: Any, default: Any) -> Any:
+    """β of a config: 1/α where `poe_alpha` is given and `beta` is not (it is at its default)."""
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        return beta
+    if not 0 < alpha < math.inf or beta not in (default, 1 / alpha):
+        return beta
+    return 1 / alpha
+
+
+def alpha_findings(values: Mapping[str, Any], refused: Collection[str]) -> list[tuple[str, str]]:
+    """What keeps a trainer with `poe_alpha` from its target: (option, why and what to do).
+
+    Args:
+        values: the options of the trainer, defaults included, `beta` as `beta_of_alpha` has it.
+        refused: options that the trainer does not have a use for.
+    """
+    alpha = values["poe_alpha"]
+    if alpha is None:
+        return []
+    if not 0 < alpha < math.inf or math.isinf(1 / alpha):
+        return [
+            (
+                "poe_alpha",
+                f"got {alpha!r}; it must be greater than 0, and finite: the weight of the second "
+                "model, 1 for that model alone (above 1 extrapolates).",
+            )
+        ]
+    if not math.isclose(values["beta"], 1 / alpha, rel_tol=1e-6):
+        return [
+            (
+                "poe_alpha",
+                f"poe_alpha={alpha!r} sets beta to 1/{alpha!r} = {1 / alpha:g}, and beta is given "
+                f"as {values['beta']!r}. Remove one of the two.",
+            )
+        ]
+    return [
+        ("poe_alpha", f"{name}={values[name]!r} {why}. Set {name}={instead!r}.")
+        for name, wanted, why, instead in _AGAINST_ALPHA
+        if name in values and name not in refused and values[name] not in wanted
+    ]
 
 
 def _soundness(values: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """What every policy trainer takes, and which options go together."""
 
+import logging
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -9,9 +10,16 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 from trl import GRPOConfig as TRLGRPOConfig
 
 from trl_ext.errors import ConfigError, UnknownNameError
-from trl_ext.kl_rules import OVER_THE_VOCABULARY, kl_findings
+from trl_ext.kl_rules import (
+    OVER_THE_VOCABULARY,
+    alpha_findings,
+    beta_of_alpha,
+    kl_findings,
+)
 from trl_ext.registry import KL_ESTIMATORS
 from trl_ext.rewards.guard import LONGEST_TIMEOUT
+
+logger = logging.getLogger(__name__)
 
 # What an annotation of an option stands for. True is no number here, though Python has it be 1.
 _KINDS: Mapping[Any, tuple[type, str]] = {
@@ -56,6 +64,9 @@ class PolicyConfig(TRLGRPOConfig):
         kl_target: KL of sequences that the controller holds, nats.
         kl_horizon: completions over which the proportional controller corrects an error of 1.
         allow_biased_kl: have a combination that is refused all the same.
+        poe_alpha: weight α > 0 of a second model P_N in the product P_N^α·P_θ^(1−α)/Z that the
+            reward log P_N − log P_θ (`log_ratio`) trains towards: `beta` becomes 1/α (Equations
+            E15, E18). 1 is P_N alone, above 1 goes on in that direction. None: `beta` as given.
     """
 
     stop_strings: list[str] | None = field(
@@ -104,6 +115,12 @@ class PolicyConfig(TRLGRPOConfig):
         default=False,
         metadata={"help": "Allow a penalty whose expected gradient is not that of the KL."},
     )
+    poe_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of a second model in a product of experts: beta becomes 1/poe_alpha."
+        },
+    )
 
     # Inherited options without a meaning here: name -> reason. A literal, so that it can be read
     # without import.
@@ -114,6 +131,7 @@ class PolicyConfig(TRLGRPOConfig):
     takes_single_completions: ClassVar[bool] = False
 
     def __post_init__(self):
+        self._take_alpha()
         try:
             super().__post_init__()
         except ValueError as error:
@@ -124,6 +142,20 @@ class PolicyConfig(TRLGRPOConfig):
         findings = self.findings()
         if findings:
             raise ConfigError("\n".join([f"{type(self).__name__}:", *findings]))
+
+    def _take_alpha(self) -> None:
+        [default] = [option.default for option in fields(self) if option.name == "beta"]
+        beta = beta_of_alpha(self.poe_alpha, self.beta, default)
+        if beta != self.beta:
+            logger.info(
+                "poe_alpha=%r: beta set to %g = 1/%r, so that the target is P_N^%g * P_ref^%g.",
+                self.poe_alpha,
+                beta,
+                self.poe_alpha,
+                1 / beta,
+                1 - 1 / beta,
+            )
+            self.beta = beta
 
     @classmethod
     def all_refused(cls) -> dict[str, str]:
@@ -147,7 +179,9 @@ class PolicyConfig(TRLGRPOConfig):
         of_kl = {name: getattr(self, name) for name in defaults if name.startswith("kl_")}
         of_kl |= {"beta": self.beta, "allow_biased_kl": self.allow_biased_kl}
         of_kl_wrong = [f"  {name}: {problem}" for name, problem in self._of_kl(of_kl)]
-        return refused + of_kl_wrong + self._bad_limits()
+        everything = {name: getattr(self, name) for name in defaults}
+        of_alpha = [f"  {n}: {why}" for n, why in alpha_findings(everything, self.all_refused())]
+        return refused + of_kl_wrong + of_alpha + self._bad_limits()
 
     def _of_kl(self, options: dict[str, Any]) -> list[tuple[str, str]]:
         if self.kl_estimator not in OVER_THE_VOCABULARY:

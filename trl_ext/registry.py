@@ -103,6 +103,7 @@ TRAINERS = Registry(
     "trl_ext.trainers",
     {
         "grpo": "trl_ext.grpo.trainer:GRPOTrainer",
+        "poe_distillation": "trl_ext.poe.distillation:PoEDistillationTrainer",
         "ppo": "trl_ext.ppo.trainer:PPOTrainer",
         "reinforce": "trl_ext.reinforce.trainer:ReinforceTrainer",
         "rwr": "trl_ext.rwr.trainer:RWRTrainer",
@@ -116,6 +117,10 @@ REWARDS = Registry(
     {
         "reasoning_gym": "trl_ext.rewards.reasoning_gym:reasoning_gym",
         "exact_match": "trl_ext.rewards.exact_match:exact_match",
+        "vader": "trl_ext.rewards.vader:vader",
+        "log_ratio": "trl_ext.poe.rewards:log_ratio",
+        "minus_reference": "trl_ext.poe.rewards:minus_reference",
+        "reward_model": "trl_ext.poe.reward_models:reward_model",
         "accuracy_reward": "trl.rewards:accuracy_reward",
         "reasoning_accuracy_reward": "trl.rewards:reasoning_accuracy_reward",
         "think_format_reward": "trl.rewards:think_format_reward",

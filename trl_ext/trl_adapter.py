@@ -9,7 +9,7 @@ it is `trl.GRPOTrainer`, number for number.
 import math
 import os
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +27,12 @@ from trl_ext.errors import ConfigError, RunError
 from trl_ext.functional import TokenAggregation, aggregate_tokens
 from trl_ext.kl_term import KLTerm
 from trl_ext.policy_config import PolicyConfig
+from trl_ext.rewards.columns import (
+    asked_of_trainer,
+    check_reference_can_be_had,
+    show_tokenizer,
+    with_columns,
+)
 from trl_ext.rewards.guard import guarded_all
 from trl_ext.rollout import MicroBatch, Rollout, generated, whole
 from trl_ext.tasks.columns import check_datasets, check_size
@@ -90,10 +96,22 @@ class PolicyTrainer(TRLGRPOTrainer):
         self.kl = KLTerm(args, self)
         if not trl_arguments.get("environment_factory"):
             check_datasets(train_dataset, eval_dataset)
+        reward_funcs = guarded_all(reward_funcs, args.reward_timeout)
+        self._asked_for = asked_of_trainer(reward_funcs or [])
+        check_reference_can_be_had(
+            reward_funcs or [],
+            masks_truncated=args.mask_truncated_completions,
+            has_reference=(
+                isinstance(model, str)
+                or trl_arguments.get("peft_config") is not None
+                or is_peft_model(model)
+                or bool(model.config._name_or_path)
+            ),
+        )
         with self._reference_only_if_used(args):
             super().__init__(
                 model,
-                guarded_all(reward_funcs, args.reward_timeout),
+                reward_funcs,
                 args,
                 train_dataset,
                 eval_dataset,
@@ -101,11 +119,16 @@ class PolicyTrainer(TRLGRPOTrainer):
                 **trl_arguments,
             )
         self._check_reference(model)
+        if not self._replaces_loss:
+            self.beta = args.beta
+        show_tokenizer(self.reward_funcs, self._tokenizer)
         self._rewards_per_func: Tensor | None = None
         self._evaluation_rewards: list[Tensor] = []
         # Log-probabilities and readout of each scoring pass since the last rollout or loss.
         self._scored: list[tuple[Tensor, Tensor | None]] = []
         self._sampled: Tensor | None = None
+        self._prompt_ids: list[list[int]] = []
+        self._shown_ref_logps: Tensor | None = None
         self._rollout_is_spent = False
         self._train_sampler: Any = None
         if isinstance(self.train_dataset, Dataset):
@@ -269,7 +292,14 @@ class PolicyTrainer(TRLGRPOTrainer):
             )
         return self._scored[-1]
 
+    def _generate(self, prompts):
+        result = super()._generate(prompts)
+        self._prompt_ids = result[0]
+        return result
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        inputs = with_columns(inputs, self._offered_columns(completion_ids_list))
+
         def score_once() -> Tensor:
             # One row a completion in the completions table, however often a completion is scored.
             self._pending_extra_logs.clear()
@@ -280,6 +310,20 @@ class PolicyTrainer(TRLGRPOTrainer):
         self._rewards_per_func = self.score_completions(score_once)
         return self._rewards_per_func
 
+    def _offered_columns(self, completion_ids: list[list[int]]) -> dict[str, list]:
+        """The columns that a reward function asks for, a row a local completion."""
+        columns: dict[str, list] = {}
+        if "prompt_ids" in self._asked_for:
+            columns["prompt_ids"] = self._prompt_ids
+        if "ref_per_token_logps" in self._asked_for:
+            # TRL scores under the old policy, then under the reference, then calls the rewards.
+            self._shown_ref_logps = self._scored[-1][0]
+            columns["ref_per_token_logps"] = [
+                row[: len(ids)]
+                for row, ids in zip(self._shown_ref_logps.tolist(), completion_ids, strict=True)
+            ]
+        return columns
+
     def _generate_and_score_completions(self, inputs):
         if self.model.training:
             completions = len(inputs) * self.accelerator.num_processes
@@ -288,9 +332,11 @@ class PolicyTrainer(TRLGRPOTrainer):
             self._rollout_is_spent = False
         self._scored = []
         # A KL over the vocabulary runs the reference itself, where it has the policy's states.
-        unused = self.kl.over_vocabulary and not self.reads_ref_logps
-        with self._without_trl_kl() if unused else nullcontext():
+        asked = "ref_per_token_logps" in self._asked_for
+        unused = self.kl.over_vocabulary and not self.reads_ref_logps and not asked
+        with self._trl_beta(0.0 if unused else self.beta or float(asked)):
             batch = super()._generate_and_score_completions(inputs)
+        assert not asked or self._shown_ref_logps is batch["ref_per_token_logps"]
         first = self.accelerator.process_index * len(inputs)
         local_rows = slice(first, first + len(inputs))
         rollout = Rollout(self._summed_rewards().view(-1, self.group_size), batch, local_rows)
@@ -300,7 +346,7 @@ class PolicyTrainer(TRLGRPOTrainer):
             self._evaluation_rewards.append(rollout.rewards_PG)
         elif self.kl.enters("reward") and not self._replaces_loss:
             batch["advantages"] = self.kl.minus_to_go(batch["advantages"], rollout)
-        self._scored, self._sampled = [], None
+        self._scored, self._sampled, self._shown_ref_logps = [], None, None
         return batch
 
     def _get_per_token_logps_and_entropies(
@@ -336,7 +382,7 @@ class PolicyTrainer(TRLGRPOTrainer):
             elif is_trls:
                 loss = super()._compute_loss(model, inputs)
             else:
-                with self._without_trl_kl():
+                with self._trl_beta(0.0):
                     loss = super()._compute_loss(model, inputs)
         [(logps, _)] = self._scored
         self._scored = []
@@ -349,7 +395,7 @@ class PolicyTrainer(TRLGRPOTrainer):
         # Without credit and KL, TRL's loss is what it adds to the policy term: entropy bonus,
         # router loss. Without the old log-probabilities, no ratio can overflow.
         rows = {name: value for name, value in inputs.items() if name != "old_per_token_logps"}
-        with self._without_trl_kl():
+        with self._trl_beta(0.0):
             rest = super()._compute_loss(
                 model, rows | {"advantages": torch.zeros_like(inputs["advantages"])}
             )
@@ -484,17 +530,20 @@ class PolicyTrainer(TRLGRPOTrainer):
     @contextmanager
     def _reference_only_if_used(self, args: PolicyConfig):
         """TRL loads a reference and scores with it if β is not 0: it sees that, and no other β."""
-        beta = args.beta
+        beta, asked = args.beta, "ref_per_token_logps" in self._asked_for
         if self._replaces_loss:
-            args.beta = float(self.uses_reference(args))
+            args.beta = float(self.uses_reference(args) or asked)
+        elif asked:
+            args.beta = args.beta or 1.0
         try:
             yield
         finally:
             args.beta = beta
 
     @contextmanager
-    def _without_trl_kl(self):
-        beta, self.beta = self.beta, 0.0
+    def _trl_beta(self, value: float):
+        """What TRL takes for β meanwhile: 0 for no KL in its loss, and no pass of the reference."""
+        beta, self.beta = self.beta, value
         try:
             yield
         finally:

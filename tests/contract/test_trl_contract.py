@@ -21,6 +21,7 @@ SIGNATURES = {
         "completions",
         "completion_ids_list",
     ),
+    (GRPOTrainer, "_generate"): ("prompts",),
     (GRPOTrainer, "_generate_and_score_completions"): ("inputs",),
     (GRPOTrainer, "_compute_loss"): ("model", "inputs"),
     (GRPOTrainer, "_get_per_token_logps_and_entropies"): (
@@ -97,14 +98,14 @@ class Spy(PolicyTrainer):
 def make_spy(tmp_path):
     path = save_tiny_llama(tmp_path / "model")
 
-    def make(**options) -> Spy:
+    def make(reward=count_a, **options) -> Spy:
         settings: dict[str, Any] = QUIET | {
             "per_device_train_batch_size": 8,
             "num_generations": 4,
             "max_steps": 1,
         }
         args = PolicyConfig(str(tmp_path / "out"), **(settings | options))
-        return Spy(path, count_a, args, prompts())
+        return Spy(path, reward, args, prompts())
 
     return make
 
@@ -145,6 +146,28 @@ def test_the_loss_runs_one_forward_pass_and_a_reference_one_more(make_spy):
     without.train()
     with_reference.train()
     assert (without.calls, with_reference.calls) == (1, 2)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.0])
+def test_the_reference_scores_last_before_the_rewards(make_spy, beta):
+    """So what was scored last is the reference's, and TRL puts the same tensor into the batch."""
+    seen = []
+
+    def reward(completions, completion_ids, prompt_ids, ref_per_token_logps, **columns):
+        seen.append((completion_ids, prompt_ids, ref_per_token_logps, spy.calls))
+        return count_a(completions)
+
+    spy = make_spy(reward, num_iterations=2, beta=beta)
+    spy.train()
+    [(completion_ids, prompt_ids, logps, calls)] = seen
+    [rollout] = spy.seen_rollouts
+    assert calls == 2, "the old policy, then the reference"
+    batch = rollout.batch
+    for row, ids in enumerate(completion_ids):
+        size = len(ids)
+        assert ids == batch["completion_ids"][row, :size].tolist()
+        assert logps[row] == batch["ref_per_token_logps"][row, :size].tolist()
+        assert prompt_ids[row] == batch["prompt_ids"][row, batch["prompt_mask"][row] == 1].tolist()
 
 
 def test_trainer_state_is_the_last_file_of_a_checkpoint_to_be_written(make_spy):

@@ -1,5 +1,6 @@
 """Options of the policy trainers given from Python: wrong types and limits, all named at once."""
 
+import logging
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,9 @@ from tests.tiny import QUIET
 from trl_ext.errors import ConfigError
 from trl_ext.grpo import GRPOConfig
 from trl_ext.policy_config import PolicyConfig
+from trl_ext.ppo import PPOConfig
+from trl_ext.reinforce import ReinforceConfig
+from trl_ext.rwr import RWRConfig
 
 
 def config(tmp_path, of: Any = PolicyConfig, **options: Any) -> PolicyConfig:
@@ -68,3 +72,56 @@ def test_an_option_of_an_unlisted_type_is_left_to_its_owner(tmp_path):
         words: list[Any] = field(default_factory=list)
 
     config(tmp_path, OwnConfig, table={"a": 1.0}, words=[1, "a"])
+
+
+# What each config needs beside poe_alpha.
+ALPHA_OPTIONS: dict[Any, dict[str, Any]] = {
+    GRPOConfig: {"scale_rewards": "none"},
+    ReinforceConfig: {},
+    PPOConfig: {},
+    RWRConfig: {"reference": "fixed"},
+}
+
+
+@pytest.mark.parametrize("of", ALPHA_OPTIONS, ids=lambda of: of.__name__)
+def test_alpha_sets_beta(tmp_path, caplog, of):
+    with caplog.at_level(logging.INFO, "trl_ext.policy_config"):
+        made = config(tmp_path, of, poe_alpha=0.4, **ALPHA_OPTIONS[of])
+    assert made.beta == 2.5
+    assert [r.message for r in caplog.records] == [
+        "poe_alpha=0.4: beta set to 2.5 = 1/0.4, so that the target is P_N^0.4 * P_ref^0.6."
+    ]
+    # Beyond the second model: 1.25 of it, -0.25 of the reference.
+    assert config(tmp_path, of, poe_alpha=1.25, **ALPHA_OPTIONS[of]).beta == 0.8
+    # The same beta said twice, as when a config is written out and read again.
+    again = config(tmp_path, of, poe_alpha=0.3, beta=3.33333333, **ALPHA_OPTIONS[of])
+    assert again.beta == pytest.approx(1 / 0.3)
+
+
+@pytest.mark.parametrize(
+    ("of", "options", "says"),
+    [
+        (GRPOConfig, {"poe_alpha": 0}, "poe_alpha: got 0; it must be greater than 0"),
+        (RWRConfig, {"poe_alpha": -0.5}, "poe_alpha: got -0.5; it must be greater than 0"),
+        (PPOConfig, {"poe_alpha": math.inf}, "poe_alpha: got inf; it must be greater than 0"),
+        (PPOConfig, {"poe_alpha": math.nan}, "poe_alpha: got nan; it must be greater than 0"),
+        (PPOConfig, {"poe_alpha": "0.5"}, "poe_alpha='0.5' is a str; it must be None or a number."),
+        (
+            ReinforceConfig,
+            {"poe_alpha": 0.5, "beta": 0.3},
+            "poe_alpha=0.5 sets beta to 1/0.5 = 2, and beta is given as 0.3. Remove one",
+        ),
+        (GRPOConfig, {"poe_alpha": 0.5}, "scale_rewards='group' divides rewards"),
+        (RWRConfig, {"poe_alpha": 0.5}, "reference='moving' tilts the policy once more"),
+        (
+            PPOConfig,
+            {"poe_alpha": 0.5, "kl_controller": "adaptive", "kl_target": 1.0},
+            "kl_controller='adaptive' moves beta",
+        ),
+        (ReinforceConfig, {"poe_alpha": 0.5, "kl_placement": "none"}, "leaves no penalty"),
+    ],
+)
+def test_an_alpha_that_cannot_lead_to_its_product_is_refused(tmp_path, of, options, says):
+    with pytest.raises(ConfigError) as caught:
+        config(tmp_path, of, **options)
+    assert says in str(caught.value)

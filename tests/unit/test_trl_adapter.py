@@ -1,11 +1,12 @@
 """What `PolicyTrainer` adds to TRL: stops, checks, NF4 gradients, resume, evaluation rewards."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset, load_dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from trl import GRPOConfig
 
@@ -13,6 +14,8 @@ from tests.tiny import QUIET, VOCABULARY, count_a, prompts, save_tiny_llama
 from trl_ext import trl_adapter
 from trl_ext.errors import ConfigError, DataError, RewardError
 from trl_ext.oracle import tabular_tokenizer
+from trl_ext.ppo import PPOTrainer
+from trl_ext.reinforce import ReinforceTrainer
 from trl_ext.rwr import RWRConfig, RWRTrainer
 from trl_ext.trl_adapter import PolicyConfig, PolicyTrainer
 
@@ -259,3 +262,138 @@ def test_a_reference_that_would_be_another_model_is_refused(model_path, tmp_path
             with torch.no_grad():
                 changed.model.layers[1].self_attn.q_proj.weight[0, 0] += 1e-3
             make(changed, tmp_path, trainer=trainer, **options)
+
+
+def asking(seen: list):
+    """A reward that asks for the trainer's columns and keeps them."""
+
+    def reward(completions, completion_ids, prompt_ids, ref_per_token_logps, **columns):
+        seen.append((prompt_ids, completion_ids, ref_per_token_logps))
+        return count_a(completions)
+
+    return reward
+
+
+def expected_logps(model, prompt_ids, completion_ids) -> list[float]:
+    """log π of each token of one completion, by one pass without padding."""
+    ids = torch.tensor([[*prompt_ids, *completion_ids]])
+    with torch.no_grad():
+        logps = model(input_ids=ids).logits.log_softmax(-1)[0]
+    first = len(prompt_ids)
+    return [logps[first + t - 1, token].item() for t, token in enumerate(completion_ids)]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "options"),
+    [
+        (PolicyTrainer, {}),
+        (PolicyTrainer, {"beta": 0.1, "num_iterations": 2}),
+        (PolicyTrainer, {"beta": 0.1, "kl_estimator": "exact", "kl_is_correction": False}),
+        (PolicyTrainer, {"use_peft": True}),
+        (PolicyTrainer, {"use_peft": "trained before", "beta": 0.1}),
+        (RWRTrainer, {}),
+        (RWRTrainer, {"reference": "fixed"}),
+        (ReinforceTrainer, {"beta": 0.0}),
+        (PPOTrainer, {"beta": 0.0, "num_generations": 4}),
+    ],
+    ids=str,
+)
+def test_a_reward_that_asks_is_given_prompts_and_the_references_log_probabilities(
+    model_path, tmp_path, trainer, options
+):
+    """In every step and in evaluation those of the model before training, whatever β."""
+    seen, options = [], dict(options)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    parts: dict[str, Any] = {"reward_funcs": asking(seen)}
+    model: Any = model_path
+    if adapter := options.pop("use_peft", None):
+        parts["peft_config"] = lora
+    if adapter == "trained before":
+        torch.manual_seed(5)
+        base = AutoModelForCausalLM.from_pretrained(model_path)
+        get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
+        model = PeftModel.from_pretrained(base, str(tmp_path / "adapter"), is_trainable=True)
+        del parts["peft_config"]
+    made = make(
+        model,
+        tmp_path,
+        trainer=trainer,
+        parts=parts | {"eval_dataset": prompts(2)},
+        learning_rate=0.1,
+        eval_strategy="steps",
+        per_device_eval_batch_size=8,
+        **options,
+    )
+    beta = made.args.beta
+    made.train()
+    made.evaluate()
+    assert made.args.beta == beta
+    reference = AutoModelForCausalLM.from_pretrained(model_path)
+    if adapter == "trained before":
+        reference = PeftModel.from_pretrained(reference, str(tmp_path / "adapter"))
+    assert len(seen) >= 2
+    for prompt_ids, completion_ids, logps in seen:
+        assert [len(row) for row in logps] == [len(ids) for ids in completion_ids]
+        for row in zip(prompt_ids, completion_ids, logps, strict=True):
+            assert row[2] == pytest.approx(expected_logps(reference, *row[:2]), abs=1e-4)
+
+
+def test_without_a_reward_that_asks_no_reference_runs(model_path, tmp_path):
+    columns = []
+
+    def reward(completions, **given):
+        columns.append(set(given))
+        return count_a(completions)
+
+    made = make(model_path, tmp_path, parts={"reward_funcs": reward}, max_steps=1)
+    made.train()
+    assert made.ref_model is None
+    assert not columns[0] & {"prompt_ids", "ref_per_token_logps"}
+
+
+def test_losses_do_not_depend_on_what_a_reward_asks_for(model_path, tmp_path):
+    parameters = []
+    for reward in (count_a, asking([])):
+        run = make(model_path, tmp_path, parts={"reward_funcs": reward}, learning_rate=1e-2)
+        run.train()
+        parameters.append([p.detach().clone() for p in run.model.parameters()])
+    assert all(map(torch.equal, *parameters))
+
+
+def test_a_partial_an_object_and_an_async_reward_may_ask(model_path, tmp_path):
+    seen = []
+
+    class Asking:
+        def __call__(self, completions, prompt_ids, **columns):
+            seen.append(("object", prompt_ids))
+            return count_a(completions)
+
+    def partly(factor, completions, prompt_ids, **columns):
+        seen.append(("partial", prompt_ids))
+        return count_a(completions)
+
+    async def later(completions, prompt_ids, **columns):
+        seen.append(("async", prompt_ids))
+        return count_a(completions)
+
+    rewards = [Asking(), partial(partly, 2), later]
+    made = make(model_path, tmp_path, parts={"reward_funcs": rewards}, max_steps=1)
+    made.train()
+    assert made.ref_model is None, "nobody asked for its log-probabilities"
+    assert {kind for kind, _ in seen} == {"object", "partial", "async"}
+    assert all(ids == seen[0][1] for _, ids in seen)
+
+
+def test_what_keeps_the_reference_from_scoring_is_refused(model_path, tmp_path):
+    reward = {"reward_funcs": asking([])}
+    with pytest.raises(ConfigError, match=r"'reward' asks for ref_per_token_logps.*truncated"):
+        make(model_path, tmp_path, parts=reward, mask_truncated_completions=True)
+    nowhere = LlamaForCausalLM(
+        LlamaConfig(vocab_size=VOCABULARY, hidden_size=8, num_attention_heads=2)
+    )
+    with pytest.raises(ConfigError, match=r"never saved.*give its path, or train an adapter"):
+        make(nowhere, tmp_path, parts=reward)
+    with_column = prompts().add_column("prompt_ids", [[1]] * 64)  # pyright: ignore[reportCallIssue]
+    trainer = make(model_path, tmp_path, parts=reward | {"train_dataset": with_column})
+    with pytest.raises(DataError, match=r"has a column 'prompt_ids'.*Rename"):
+        trainer.train()

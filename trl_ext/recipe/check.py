@@ -4,7 +4,12 @@ import os
 from typing import Any
 
 from trl_ext.errors import PluginError, UnknownNameError
-from trl_ext.kl_rules import OVER_THE_VOCABULARY, kl_findings
+from trl_ext.kl_rules import (
+    OVER_THE_VOCABULARY,
+    alpha_findings,
+    beta_of_alpha,
+    kl_findings,
+)
 from trl_ext.recipe.findings import COMMAND_LINE, Finding, Origin, did_you_mean, show_value
 from trl_ext.recipe.ranges import allowed_instead
 from trl_ext.recipe.schema import (
@@ -180,6 +185,10 @@ def check_kl(
     options = {
         name: values.get(name, fields[name].default) for name in (*names, "beta", "allow_biased_kl")
     }
+    if "poe_alpha" in fields:
+        options["beta"] = beta_of_alpha(
+            values.get("poe_alpha"), options["beta"], fields["beta"].default
+        )
     try:
         if options["kl_estimator"] not in OVER_THE_VOCABULARY:
             KL_ESTIMATORS.resolve(options["kl_estimator"])
@@ -189,6 +198,24 @@ def check_kl(
     for name, problem in problems:
         origin = first_origin(entries, (name, *names, "beta"), recipe)
         findings.append(Finding(origin, name, problem))
+
+
+def check_alpha(
+    refused: dict[str, str],
+    fields: Fields,
+    values: dict[str, Any],
+    entries: Entries,
+    findings: list[Finding],
+) -> None:
+    """`poe_alpha` beside a beta of its own, or beside what moves or rescales beta."""
+    alpha = values.get("poe_alpha")
+    # What is out of range is said already.
+    if alpha is None or "poe_alpha" not in fields or any(f.key == "poe_alpha" for f in findings):
+        return
+    options = {name: values.get(name, field.default) for name, field in fields.items()}
+    options["beta"] = beta_of_alpha(alpha, options["beta"], fields["beta"].default)
+    for name, problem in alpha_findings(options, refused):
+        findings.append(Finding(entries[name].origin, name, problem))
 
 
 def check_rewards(

@@ -65,6 +65,7 @@ RANGES = {
     "critic_learning_rate": _POSITIVE,
     "early_stop_kl": _POSITIVE,
     "off_policy_truncation": _POSITIVE,
+    "poe_alpha": _POSITIVE,
     "old_kl_coef": _POSITIVE,
     "old_kl_target": _POSITIVE,
     "value_clip": _POSITIVE,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.recipe.check import (
+    check_alpha,
     check_env,
     check_kl,
     check_refused,
@@ -16,6 +17,7 @@ from trl_ext.recipe.check import (
     recipe_fields,
     resolve_trainer,
 )
+from trl_ext.recipe.experts import check_experts
 from trl_ext.recipe.findings import Finding, Origin, raise_if_any
 from trl_ext.recipe.groups import check_eval_group_size, check_group_size, check_launcher
 from trl_ext.recipe.layers import display_name, read_layers
@@ -70,6 +72,9 @@ class Recipe:
         targets = [class_fields(target) for target in COMMON_GROUPS.values()]
         fields = [*targets, config_fields(self.trainer_target)]
         every = {name: field.default for group in fields for name, field in group.items()}
+        alpha = self.values.get("poe_alpha")
+        if alpha is not None:
+            every["beta"] = 1 / alpha  # as the config will have it
         return {name: value for name, value in every.items() if name not in self.values}
 
     def to_yaml(self) -> str:
@@ -125,6 +130,8 @@ def _check(file: Path, entries: Entries, recipe: Origin, findings: list[Finding]
         check_refused(refused_options(target), groups["config"], values, entries, findings)
         check_reward_count(groups["config"], values, entries, findings)
         check_kl(groups["config"], values, entries, recipe, findings)
+        check_alpha(refused_options(target), groups["config"], values, entries, findings)
+        check_experts(groups["config"], values, entries, recipe, findings)
         check_group_size(entries, groups["config"], values, where, recipe, findings)
         check_eval_group_size(entries, groups["config"], values, where, recipe, findings)
     if findings:

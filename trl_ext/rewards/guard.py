@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from trl_ext.errors import ConfigError, RewardError
+from trl_ext.rewards.columns import asked_for
 from trl_ext.rewards.deadline import RewardTimeout, async_deadline, deadline
 from trl_ext.rewards.returned import Checked, cut, shown
 
@@ -42,7 +43,8 @@ def guarded(reward_func: Any, name: str, timeout: float | None = None) -> Any:
     Returns:
         A function of the same kind. It gives a list of floats; None, TRL's "does not apply",
         stays None, and a list of one number a token becomes its sum. Its `checked.token_rewards`
-        has those lists.
+        has those lists, and its `asks_for` the columns that it wants of a policy trainer
+        (`trl_ext.rewards.columns`).
 
     Raises:
         ConfigError: if it is none of these, or the time limit is not one.
@@ -56,6 +58,8 @@ def guarded(reward_func: Any, name: str, timeout: float | None = None) -> Any:
     checked = Checked(name)
     wrapper = wrap(reward_func, name, timeout, checked)
     wrapper.checked = checked
+    wrapper.asks_for = asked_for(reward_func)
+    wrapper.check_tokenizer = getattr(reward_func, "check_tokenizer", None)
     wrapper.__name__ = name
     wrapper.__doc__ = reward_func.__doc__
     return wrapper

@@ -41,6 +41,7 @@ OUTSIDE = {
     "off_policy_truncation": "0 -1",
     "old_kl_coef": "0",
     "old_kl_target": "0 -1",
+    "poe_alpha": "0 -0.5 .inf .nan",
     "value_clip": "0 .nan",
     "num_processes": "0 -1",
     "num_machines": "0",

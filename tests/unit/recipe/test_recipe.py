@@ -433,3 +433,30 @@ def test_an_unsound_penalty_is_found_before_anything_is_imported(write, lines, s
         read_recipe("r.yaml")
     assert says in str(caught.value)
     assert read_recipe("r.yaml", ["kl_placement=none", "kl_estimator=k3", "kl_controller=constant"])
+
+
+def test_alpha_is_checked_with_the_rest(write):
+    least = "model_name_or_path: m\ndataset_name: d\noutput_dir: o\npoe_alpha: 0.5\n"
+    write("r.yaml", f"trainer: rwr\n{least}reference: moving\nbeta: 0.3\n", least=False)
+    with pytest.raises(ConfigError, match=r"r.yaml:5: poe_alpha: .*1/0.5 = 2, and beta is given"):
+        read_recipe("r.yaml")
+    write("r.yaml", f"trainer: rwr\n{least}reference: moving\n", least=False)
+    with pytest.raises(ConfigError, match=r"r.yaml:5: poe_alpha: reference='moving' tilts"):
+        read_recipe("r.yaml")
+    write("r.yaml", f"trainer: grpo\n{least}", least=False)
+    with pytest.raises(ConfigError, match=r"r.yaml:5: poe_alpha: scale_rewards='group' divides"):
+        read_recipe("r.yaml")
+    for trainer in ("reinforce", "ppo"):
+        write("r.yaml", f"trainer: {trainer}\n{least}", least=False)
+        recipe = read_recipe("r.yaml")
+        assert recipe.values["poe_alpha"] == 0.5
+        assert recipe.defaults()["beta"] == 2.0, "as `show --defaults` has it"
+
+
+def test_alpha_counts_as_beta_where_penalties_are_checked(write):
+    """GRPO's default β is 0, with which no penalty is unsound."""
+    least = "model_name_or_path: m\ndataset_name: d\noutput_dir: o\npoe_alpha: 0.5\n"
+    lines = "scale_rewards: none\nkl_estimator: k1\nkl_is_correction: false\n"
+    write("r.yaml", f"trainer: grpo\n{least}{lines}", least=False)
+    with pytest.raises(ConfigError, match="k1 in the loss: its expected gradient is zero"):
+        read_recipe("r.yaml")

@@ -1,0 +1,187 @@
+"""Log-probabilities of given tokens under an expert: no distribution is held beyond a batch."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+from trl.trainer.utils import use_adapter
+
+from trl_ext.errors import ConfigError
+from trl_ext.poe.experts import Adapter
+
+
+@torch.no_grad()
+def token_log_probs(expert: Any, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
+    """log P_N(x_t | x_<t) of the last `keep` tokens of each row. Equation E13.
+
+    Args:
+        expert: what `check_expert` takes.
+        input_ids: (B, T), padded on the left before the text and on the right behind it.
+        attention_mask: (B, T), 1 = token, 0 = padding.
+        keep: how many positions at the end to score, 1 ≤ keep ≤ T.
+
+    Returns:
+        (B, keep) nats, float32, on the device of `input_ids`; what is masked has no meaning.
+
+    Raises:
+        ConfigError: if `expert` is none, or it reads a model and a row has nothing before the
+            tokens scored: a causal model has no distribution of a text's first token.
+    """
+    device = input_ids.device
+    if hasattr(expert, "token_log_probs"):
+        ids, mask = (each.to(device_of(expert, device)) for each in (input_ids, attention_mask))
+        return expert.token_log_probs(ids, mask)[:, -keep:].float().to(device)
+    if input_ids.size(1) <= keep or not attention_mask[:, -keep - 1].all():
+        raise ConfigError(
+            "A causal language model scores a token from those before it, and a text has none "
+            "before its first. Give a prompt of one token or more."
+        )
+    ids, mask = (each.to(device_of(expert, device)) for each in (input_ids, attention_mask))
+    scores = _next_token_scores(expert, ids, mask, keep)
+    # Row by row: a float32 copy of all scores may be twice as large as they are.
+    rows = [
+        row.float().gather(-1, of[:, None])[:, 0] - row.float().logsumexp(-1)
+        for row, of in zip(scores, ids[:, -keep:], strict=True)
+    ]
+    return torch.stack(rows).to(device)
+
+
+def _next_token_scores(expert: Any, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
+    """(B, keep, V) scores of the tokens in the last `keep` positions, up to a constant of each."""
+    model: Any = expert.model if isinstance(expert, Adapter) else expert
+    if not isinstance(model, PreTrainedModel | PeftModel):
+        return model.log_probs(ids, mask)[:, -keep - 1 : -1]
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    takes = inspect.signature(inner.forward).parameters
+    more: dict[str, Any] = {}
+    if "position_ids" in takes:
+        # Left padding moves absolute positions.
+        more["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    if "logits_to_keep" in takes:
+        more["logits_to_keep"] = keep + 1
+    with _as_scorer(expert):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **more).logits
+    return logits[:, -keep - 1 : -1]
+
+
+@contextmanager
+def _as_scorer(expert: Any) -> Iterator[None]:
+    """The model in evaluation mode, with the adapter that is meant; afterwards as it was."""
+    model = expert.model if isinstance(expert, Adapter) else expert
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        if isinstance(expert, Adapter):
+            with use_adapter(expert.model, expert.name):
+                yield
+        else:
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def completion_log_probs(
+    expert: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+) -> list[list[float]]:
+    """log P_N of each token of each completion behind its prompt, nats.
+
+    Rows of like length are scored together, `batch_size` at a time.
+
+    Raises:
+        ConfigError: as `token_log_probs`, or for a token id that the expert does not have.
+    """
+    check_token_ids(expert, prompt_ids, completion_ids)
+    scores: list[list[float]] = [[] for _ in completion_ids]
+    device = device_of(expert, torch.device("cpu"))
+    for rows in batches(prompt_ids, completion_ids, batch_size):
+        prompts, completions = ([ids[row] for row in rows] for ids in (prompt_ids, completion_ids))
+        keep = max(map(len, completions))
+        ids, mask = padded(prompts, completions, device)
+        logps = token_log_probs(expert, ids, mask, keep).tolist()
+        for row, values in zip(rows, logps, strict=True):
+            scores[row] = values[: len(completion_ids[row])]
+    return scores
+
+
+def batches(
+    prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], size: int
+) -> Iterator[list[int]]:
+    """Numbers of rows that are scored together: the longest first, empty completions left out."""
+    scored = [row for row, ids in enumerate(completion_ids) if len(ids)]
+    scored.sort(key=lambda row: -len(prompt_ids[row]) - len(completion_ids[row]))
+    return (scored[begin : begin + size] for begin in range(0, len(scored), size))
+
+
+def padded(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], device: Any
+) -> tuple[Tensor, Tensor]:
+    """Ids and mask (B, T) as in TRL: prompts end in one column, and completions begin behind it."""
+    left, right = max(map(len, prompts)), max(map(len, completions))
+    ids = torch.zeros(len(prompts), left + right, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        place = slice(left - len(prompt), left + len(completion))
+        ids[row, place] = torch.tensor([*prompt, *completion])
+        mask[row, place] = 1
+    return ids.to(device), mask.to(device)
+
+
+def check_expert(name: str, expert: Any) -> None:
+    """Whether tokens can be scored with it: a model, or an object with one of two methods.
+
+    A causal language model of transformers, a `PeftModel`, an `Adapter`, `token_log_probs(input_ids
+    (B, T), attention_mask) -> (B, T)`, such as a counted expert, or `log_probs(…) -> (B, T, V)`,
+    row t the distribution behind x_≤t.
+
+    Raises:
+        ConfigError: if it is none of these.
+    """
+    is_model = isinstance(expert, PreTrainedModel) and expert.can_generate()
+    if is_model or isinstance(expert, PeftModel | Adapter):
+        return
+    if not hasattr(expert, "token_log_probs") and not hasattr(expert, "log_probs"):
+        raise ConfigError(
+            f"{name} is a {type(expert).__name__}. An expert is a causal language model, a "
+            "PeftModel, an Adapter, or an object with token_log_probs(input_ids, attention_mask) "
+            "-> (B, T) or log_probs(input_ids, attention_mask) -> (B, T, V)."
+        )
+
+
+def check_token_ids(expert: Any, *token_ids: Sequence[Sequence[int]]) -> None:
+    """Whether an expert that says how many tokens it has has all of these.
+
+    Raises:
+        ConfigError: if not.
+    """
+    size = vocabulary_size(expert)
+    largest = max((max(ids, default=-1) for each in token_ids for ids in each), default=-1)
+    if size is not None and largest >= size:
+        raise ConfigError(
+            f"the token id {largest} is beyond its vocabulary of {size} tokens. The policy and the "
+            "expert must have one tokenizer; fit a counted expert with vocab_size= the number of "
+            "the policy's tokens."
+        )
+
+
+def vocabulary_size(expert: Any) -> int | None:
+    """V, where an expert says it."""
+    model = expert.model if isinstance(expert, Adapter) else expert
+    if isinstance(model, PreTrainedModel | PeftModel):
+        return model.config.get_text_config().vocab_size
+    return getattr(model, "vocab_size", None)
+
+
+def device_of(expert: Any, otherwise: torch.device) -> torch.device:
+    """Where an expert wants its input."""
+    model = expert.model if isinstance(expert, Adapter) else expert
+    return getattr(model, "device", otherwise)

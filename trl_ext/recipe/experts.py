@@ -1,0 +1,30 @@
+"""Experts and their weights in a recipe, against each other."""
+
+from typing import Any
+
+from trl_ext.poe.distillation_rules import distillation_findings
+from trl_ext.recipe.check import first_origin
+from trl_ext.recipe.findings import Finding, Origin
+from trl_ext.recipe.schema import Fields
+from trl_ext.recipe.yaml_reader import Entries
+
+_KEYS = ("experts", "expert_weights", "expert_dtype", "plausibility", "divergence", "jsd_weight")
+
+
+def check_experts(
+    fields: Fields,
+    values: dict[str, Any],
+    entries: Entries,
+    recipe: Origin,
+    findings: list[Finding],
+) -> None:
+    """The experts of a trainer that distils their product, and the options that go with them."""
+    if "expert_weights" not in fields or any(finding.key in _KEYS for finding in findings):
+        return
+    options = {key: values.get(key, fields[key].default) for key in _KEYS}
+    if options["experts"] is None:
+        message = "missing; name the experts of the product, each with its path or hub id"
+        findings.append(Finding(first_origin(entries, ("experts",), recipe), "experts", message))
+    for key, problem in distillation_findings(options):
+        origin = first_origin(entries, (key, "expert_weights", "experts"), recipe)
+        findings.append(Finding(origin, key, problem))
