@@ -1,5 +1,7 @@
 """Every shipped recipe, loaded with its own classes and run for two steps on a tiny model."""
 
+import json
+
 import pytest
 
 from trl_ext.build import build_trainer
@@ -10,33 +12,43 @@ from trl_ext.recipe.shipped import recipe_names
 pytestmark = pytest.mark.slow
 
 
-def tiny(byte_llama, tmp_path) -> list[str]:
-    """What makes any recipe one of a tiny model and two steps."""
-    return [
+def tiny(name, byte_llama, tmp_path) -> list[str]:
+    """What makes a recipe one of a tiny model and two steps."""
+    values = read_recipe(name).values
+    settings = [
         f"output_dir={tmp_path / 'out'}",
         f"model_name_or_path={byte_llama}",
         "max_steps=2",
-        "dataset_kwargs.size=16",
-        "dataset_kwargs.eval_size=4",
-        "num_generations=2",
-        "num_generations_eval=1",
         "per_device_train_batch_size=2",
         "per_device_eval_batch_size=4",
         "gradient_accumulation_steps=1",
         "max_completion_length=4",
     ]
+    if "dataset_kwargs" in values:
+        settings += ["dataset_kwargs.size=16", "dataset_kwargs.eval_size=4"]
+    if "reward_funcs" in values:
+        settings += ["num_generations=2", "num_generations_eval=1"]
+        rewards = [
+            entry | {"tokenizer": byte_llama} if "tokenizer" in entry else entry
+            for entry in values["reward_funcs"]
+        ]
+        settings.append(f"reward_funcs={json.dumps(rewards)}")
+    if "experts" in values:
+        settings.append(f"experts={json.dumps(dict.fromkeys(values['experts'], byte_llama))}")
+    return settings
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_two_steps(name, byte_llama, tmp_path, capsys):
-    train(read_recipe(name, tiny(byte_llama, tmp_path)))
-    assert "Held-out prompts" in capsys.readouterr().out
+    recipe = read_recipe(name, tiny(name, byte_llama, tmp_path))
+    train(recipe)
+    assert ("Held-out prompts" in capsys.readouterr().out) == ("reward_funcs" in recipe.values)
     weights = ("adapter_model.safetensors", "model.safetensors")
     assert any((tmp_path / "out" / file).is_file() for file in weights)
 
 
 def test_a_list_of_one_module_is_that_module(byte_llama, tmp_path):
     """TRL makes it a text, which peft takes for a pattern of whole names."""
-    settings = [*tiny(byte_llama, tmp_path), "lora_target_modules=[q_proj]"]
+    settings = [*tiny("grpo/smollm2", byte_llama, tmp_path), "lora_target_modules=[q_proj]"]
     trainer = build_trainer(read_recipe("grpo/smollm2", settings))
     assert trainer.model.peft_config["default"].target_modules == {"q_proj"}  # pyright: ignore

@@ -100,7 +100,8 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument(
         "--prompts",
         metavar="FILE",
-        help="text, one prompt a line; or .jsonl, .parquet, … with `prompt`: a text or messages",
+        help="text, one prompt a line; or .jsonl, .parquet, … with `prompt`: a text or messages; "
+        "or the task openings",
     )
     prompts.add_argument(
         "--chat",

@@ -1,14 +1,15 @@
-"""Whether experts can be multiplied: one vocabulary, one device, one dtype."""
+"""Whether experts can be multiplied, and whether what goes in and comes out is right."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from trl_ext.errors import ConfigError
+from trl_ext.errors import ConfigError, RunError
 from trl_ext.poe.experts import Adapter, TokenReward
 from trl_ext.poe.vocabulary import check_vocabularies
 
@@ -115,3 +116,83 @@ def _width(expert: Any) -> int | None:
     if isinstance(expert, TokenReward):
         return len(expert.reward) if isinstance(expert.reward, torch.Tensor) else None
     return getattr(expert, "vocab_size", None)
+
+
+def checked_cutoff(plausibility: float | None) -> float | None:
+    """`plausibility`, which must be a share or None.
+
+    Raises:
+        ConfigError: if it is neither.
+    """
+    if plausibility is not None and not 0 < plausibility <= 1:
+        raise ConfigError(
+            f"plausibility={plausibility!r} must be greater than 0 and at most 1: a token stays "
+            "if it is at least that many times as likely as the likeliest. None keeps all."
+        )
+    return plausibility
+
+
+def check_ids(ids: Tensor, device: torch.device, vocab_size: int) -> None:
+    """Whether these are tokens that the experts know, where they are.
+
+    Raises:
+        ConfigError: if not; with the value.
+    """
+    if ids.dim() != 2 or ids.dtype not in (torch.int32, torch.int64):
+        raise ConfigError(
+            f"input_ids must be whole numbers (B, T), got {ids.dtype} {tuple(ids.shape)}."
+        )
+    if ids.device.type != device.type:
+        raise ConfigError(
+            f"input_ids are on {ids.device} and the experts on {device}; move them with "
+            f'.to("{device}").'
+        )
+    if ids.numel() and not 0 <= ids.min() <= ids.max() < vocab_size:
+        worst = ids.max() if ids.min() >= 0 else ids.min()
+        raise ConfigError(
+            f"input_ids has the token {worst.item()}; the experts share the tokens 0 to "
+            f"{vocab_size - 1}. Is it another tokenizer's?"
+        )
+
+
+def check_finite(names: Sequence[str], norms: Sequence[Tensor], mask: Tensor) -> None:
+    """Whether each expert gave numbers.
+
+    Args:
+        names: of the experts.
+        norms: of each, (B, T) the logarithm of the sum of its exponentiated scores: NaN or inf
+            where one of them is.
+        mask: (B, T) bool, False at padding.
+
+    Raises:
+        RunError: if not; with the expert.
+    """
+    for name, norm in zip(names, norms, strict=True):
+        broken = (norm.isnan() | norm.isposinf()) & mask
+        if broken.any():
+            row, position = broken.nonzero()[0].tolist()
+            raise RunError(
+                f"The expert {name!r} gives NaN or infinite logits in row {row} of the batch, "
+                f"position {position} of those scored. Load it in float32 or bfloat16, and look "
+                "at its weights."
+            )
+
+
+def check_outcome(names: Sequence[str], log_z: Tensor, mask: Tensor) -> None:
+    """Whether the product is a distribution; arguments as for `check_finite`, of the product.
+
+    Raises:
+        RunError: if no token is left, or one has infinite weight.
+    """
+    if not (broken := ~log_z.isfinite() & mask).any():
+        return
+    experts = ", ".join(map(repr, names))
+    if (log_z[broken] == -torch.inf).any():
+        raise RunError(
+            f"The experts {experts} leave no token: each is forbidden (−inf) by one of them or by "
+            "the cut-off. Smooth the expert that forbids (pseudo_count), or lower plausibility."
+        )
+    raise RunError(
+        f"A product of {experts} is not finite: an expert of negative weight gives a token "
+        "probability 0 that the others allow. Smooth it, or set plausibility=0.1."
+    )

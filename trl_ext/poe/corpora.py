@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.errors import DataError, MissingDependencyError
-from trl_ext.tasks.loading import BUILDERS, load_splits
+from trl_ext.tasks.loading import BUILDERS, OWN, load_splits
 
 PYDOC = "pydoc"
 TEXT_COLUMN = "text"
@@ -58,18 +58,23 @@ def read_prompts(name: str) -> list[Prompt]:
     """Prompts of a file.
 
     Args:
-        name: of a text file (one prompt a line; empty lines are left out), or of a .jsonl, .json,
-            .parquet or .csv file with the key or column `prompt`: a text, or chat messages.
+        name: of a text file (one prompt a line; empty lines are left out), of a .jsonl, .json,
+            .parquet or .csv file with the key or column `prompt`: a text, or chat messages; or of
+            a generated task such as `openings`, whose held-out prompts are meant.
 
     Raises:
         DataError: if it cannot be read, holds no prompt, or one that is none; with its line.
     """
     path = Path(name).expanduser()
     prompts: list[Prompt]
+    if name in OWN:
+        _, held_out = load_splits({"dataset_name": name})
+        assert held_out is not None
+        return list(held_out["prompt"])
     if not path.is_file():
         raise DataError(
-            f"There is no prompt file {name!r}. Give a text file with one prompt a line, or a "
-            ".jsonl file with the key 'prompt'."
+            f"There is no prompt file {name!r}. Give a text file with one prompt a line, a .jsonl "
+            f"file with the key 'prompt', or one of {', '.join(OWN)}, generated here."
         )
     if path.suffix.lower() == ".jsonl":
         prompts = list(_json_prompts(path))

@@ -1,73 +1,26 @@
 """`ProductOfExperts`: a causal language model made of experts, at decoding time."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
-from trl_ext.errors import ConfigError, RunError
+from trl_ext.errors import ConfigError
 from trl_ext.functional import plausible, weighted_scores
-from trl_ext.poe.checks import check_experts, device_of, model_of
-from trl_ext.poe.experts import Source, Step, TokenReward, sources_of
+from trl_ext.poe.cache import ProductCache, ProductOfExpertsConfig, ProductOutput
+from trl_ext.poe.checks import (
+    check_experts,
+    check_finite,
+    check_ids,
+    check_outcome,
+    checked_cutoff,
+    device_of,
+    model_of,
+)
+from trl_ext.poe.experts import Step, TokenReward, sources_of
 from trl_ext.poe.weights import WeightRule
-
-
-class ProductOfExpertsConfig(PretrainedConfig):
-    """The width of the shared vocabulary, for transformers' `generate`."""
-
-    model_type = "product_of_experts"
-
-
-@dataclass
-class ProductOutput(ModelOutput):
-    """What a forward pass gives.
-
-    Attributes:
-        logits: (B, keep, V) Σ_k w_k·logits_k of the next token: those of one model of weight 1 as
-            they are, so that transformers' logits processors do to it what they do to the model.
-        log_z: (B, keep) log Σ_v Π_k p_k(v)^{w_k}, nats.
-        past_key_values: what the experts remember.
-    """
-
-    logits: Tensor | None = None
-    log_z: Tensor | None = None
-    past_key_values: Cache | None = None
-
-
-class ProductCache(Cache):
-    """The tokens read so far, and each expert's own cache."""
-
-    def __init__(self, sources: Sequence[Source]):
-        super().__init__(layers=[])
-        self.sources = sources
-        self.caches = [source.new_cache() for source in sources]
-        self.ids: Tensor | None = None
-
-    def append(self, ids: Tensor) -> Tensor:
-        """All tokens, these included; (B, S + T)."""
-        self.ids = ids if self.ids is None else torch.cat([self.ids, ids], dim=1)
-        return self.ids
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens read so far."""
-        return 0 if self.ids is None else self.ids.size(1)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Go on from these rows: beam search."""
-        assert self.ids is not None
-        self.ids = self.ids.index_select(0, beam_idx)
-        for source, cache in zip(self.sources, self.caches, strict=True):
-            source.reorder(cache, beam_idx)  # pyright: ignore[reportArgumentType]
-
-    @property
-    def is_compileable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Never: it grows."""
-        return False
 
 
 class ProductOfExperts(PreTrainedModel, GenerationMixin):
@@ -132,7 +85,7 @@ class ProductOfExperts(PreTrainedModel, GenerationMixin):
         self.generation_config = _generation_config(models)
         priors = [_prior_entropy(expert, vocab_size) for expert in named.values()]
         self.weights = WeightRule(list(named), weights, priors, plausibility is not None)
-        self.plausibility = _checked_cutoff(plausibility)
+        self.plausibility = checked_cutoff(plausibility)
         self.judge = self._place(plausible_under) if plausible_under else self.weights.heaviest
         self.eval()
 
@@ -177,7 +130,7 @@ class ProductOfExperts(PreTrainedModel, GenerationMixin):
         scores = self._scores(step, past_key_values)
         norms = [s.logsumexp(-1) for s in scores]
         mask = step.mask[:, -step.keep :].bool()
-        self._check_scores(norms, mask)
+        check_finite(list(self.experts), norms, mask)
         positions = None
         if self.weights.is_scheduled:
             first = 0 if prompt_lengths is None else prompt_lengths[:, None]
@@ -191,7 +144,7 @@ class ProductOfExperts(PreTrainedModel, GenerationMixin):
         weights = self.weights(scores, positions)
         product = weighted_scores(scores, weights, keep)
         log_z = product.logsumexp(-1)
-        self._check_product(log_z, mask)
+        check_outcome(list(self.experts), log_z, mask)
         for expert, weight, norm in zip(self.experts.values(), weights, norms, strict=True):
             if not isinstance(expert, TokenReward):
                 log_z = log_z - weight.to(norm.device) * norm
@@ -203,7 +156,7 @@ class ProductOfExperts(PreTrainedModel, GenerationMixin):
         ids = inputs if inputs is not None else options.get("input_ids")
         if ids is None:
             raise ConfigError("generate needs input_ids (B, T): a tokenizer's output, **unpacked.")
-        self._check_ids(ids)
+        check_ids(ids, self.device, self.config.vocab_size)
         mask = options.get("attention_mask")
         if self.weights.is_scheduled and options.get("prompt_lengths") is None:
             rows = torch.full((len(ids),), ids.size(1), device=ids.device)
@@ -257,7 +210,7 @@ class ProductOfExperts(PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Each expert's own (B, T, V), nats: name -> log p_k(v | x_≤t), or a reward's values."""
-        self._check_ids(input_ids)
+        check_ids(input_ids, self.device, self.config.vocab_size)
         with torch.no_grad():
             step = self._pass(input_ids, attention_mask, None, None, 0)
             scores = dict(zip(self.experts, self._scores(step, None), strict=True))
@@ -280,7 +233,7 @@ class ProductOfExperts(PreTrainedModel, GenerationMixin):
     def _whole(
         self, input_ids: Tensor, attention_mask: Tensor | None, prompt_lengths: Tensor | None
     ) -> ProductOutput:
-        self._check_ids(input_ids)
+        check_ids(input_ids, self.device, self.config.vocab_size)
         return self(input_ids, attention_mask, prompt_lengths=prompt_lengths)
 
     def _pass(
@@ -321,50 +274,6 @@ class ProductOfExperts(PreTrainedModel, GenerationMixin):
                 scores[place] = of_one[..., : self.config.vocab_size]
         return scores
 
-    def _check_scores(self, norms: list[Tensor], mask: Tensor) -> None:
-        for name, norm in zip(self.experts, norms, strict=True):
-            # A logarithm of a sum with NaN or inf in it is one.
-            broken = (norm.isnan() | norm.isposinf()) & mask
-            if broken.any():
-                row, position = broken.nonzero()[0].tolist()
-                raise RunError(
-                    f"The expert {name!r} gives NaN or infinite logits in row {row} of the batch, "
-                    f"position {position} of those scored. Load it in float32 or bfloat16, and "
-                    "look at its weights."
-                )
-
-    def _check_product(self, log_z: Tensor, mask: Tensor) -> None:
-        if not (broken := ~log_z.isfinite() & mask).any():
-            return
-        names = ", ".join(map(repr, self.experts))
-        if (log_z[broken] == -torch.inf).any():
-            raise RunError(
-                f"The experts {names} leave no token: each is forbidden (−inf) by one of them or "
-                "by the cut-off. Smooth the expert that forbids (pseudo_count), or lower "
-                "plausibility."
-            )
-        raise RunError(
-            f"A product of {names} is not finite: an expert of negative weight gives a token "
-            "probability 0 that the others allow. Smooth it, or set plausibility=0.1."
-        )
-
-    def _check_ids(self, ids: Tensor) -> None:
-        if ids.dim() != 2 or ids.dtype not in (torch.int32, torch.int64):
-            raise ConfigError(
-                f"input_ids must be whole numbers (B, T), got {ids.dtype} {tuple(ids.shape)}."
-            )
-        if ids.device.type != self.device.type:
-            raise ConfigError(
-                f"input_ids are on {ids.device} and the experts on {self.device}; move them with "
-                f'.to("{self.device}").'
-            )
-        if ids.numel() and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
-            worst = ids.max() if ids.min() >= 0 else ids.min()
-            raise ConfigError(
-                f"input_ids has the token {worst.item()}; the experts share the tokens 0 to "
-                f"{self.config.vocab_size - 1}. Is it another tokenizer's?"
-            )
-
     def _place(self, name: str) -> int:
         if name not in self.experts:
             raise ConfigError(
@@ -403,12 +312,3 @@ def _generation_config(models: Sequence[Any]) -> GenerationConfig:
 def _prior_entropy(expert: Any, vocab_size: int) -> float:
     known = getattr(expert, "prior_entropy", None)
     return float(known) if known is not None else float(torch.tensor(vocab_size).log())
-
-
-def _checked_cutoff(plausibility: float | None) -> float | None:
-    if plausibility is not None and not 0 < plausibility <= 1:
-        raise ConfigError(
-            f"plausibility={plausibility!r} must be greater than 0 and at most 1: a token stays "
-            "if it is at least that many times as likely as the likeliest. None keeps all."
-        )
-    return plausibility

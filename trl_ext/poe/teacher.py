@@ -10,9 +10,10 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from trl_ext.errors import ConfigError, RunError
 from trl_ext.functional.masking import at_least_float32
+from trl_ext.poe.cache import ProductOfExpertsConfig
 from trl_ext.poe.distillation_rules import NO_ZEROS
 from trl_ext.poe.experts import ModelSource, Step
-from trl_ext.poe.product import ProductOfExperts, ProductOfExpertsConfig
+from trl_ext.poe.product import ProductOfExperts
 from trl_ext.vocabulary_kl import Head, hidden_states_of
 
 logger = logging.getLogger(__name__)

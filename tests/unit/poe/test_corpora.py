@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from trl_ext.errors import DataError, MissingDependencyError
 from trl_ext.poe.corpora import corpus_texts, read_prompts
+from trl_ext.tasks import load_splits
 
 CHAT = [{"role": "user", "content": "Hello"}]
 
@@ -95,3 +96,9 @@ def test_what_is_no_prompt_file(tmp_path, name, content, says):
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=says):
         read_prompts(str(tmp_path / (name or "no.txt")))
+
+
+def test_a_generated_task_means_its_held_out_prompts():
+    prompts = read_prompts("openings")
+    _, held_out = load_splits({"dataset_name": "openings"})
+    assert held_out is not None and prompts == list(held_out["prompt"])
