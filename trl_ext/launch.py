@@ -63,12 +63,16 @@ def _check_kept(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
     """Refuse to replace a run with one that is made from it.
 
     Raises:
-        RunError: if the model or the dataset lies in the directory that would be removed.
+        RunError: if the model, an expert or the dataset lies in the directory that would be
+            removed.
     """
     if not overwrite:
         return
-    for key in ("model_name_or_path", "dataset_name"):
-        path = Path(str(recipe.values.get(key) or "")).expanduser()
+    used = {key: recipe.values.get(key) for key in ("model_name_or_path", "dataset_name")}
+    experts = recipe.values.get("experts") or {}
+    used |= {f"experts.{name}": path for name, path in experts.items()}
+    for key, value in used.items():
+        path = Path(str(value or "")).expanduser()
         if path.exists() and path.resolve().is_relative_to(output_dir.resolve()):
             raise RunError(
                 f"--overwrite would remove {key} {str(path)!r}, which lies in the output_dir. "

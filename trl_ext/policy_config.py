@@ -147,7 +147,8 @@ class PolicyConfig(TRLGRPOConfig):
         [default] = [option.default for option in fields(self) if option.name == "beta"]
         beta = beta_of_alpha(self.poe_alpha, self.beta, default)
         if beta != self.beta:
-            logger.info(
+            # Of a level that is seen: the user's beta is another one now.
+            logger.warning(
                 "poe_alpha=%r: beta set to %g = 1/%r, so that the target is P_N^%g * P_ref^%g.",
                 self.poe_alpha,
                 beta,

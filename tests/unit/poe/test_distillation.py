@@ -1,4 +1,5 @@
 import json
+import shutil
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -615,3 +616,12 @@ def test_an_expert_that_is_not_there(tmp_path, folders):
     recipe = write(tmp_path, folders, ("style: " + folders["style"], "style: /no/such/folder"))
     with pytest.raises(ConfigError, match="/no/such/folder"):
         train(read_recipe(recipe))
+
+
+def test_a_run_does_not_replace_its_own_expert(tmp_path, folders):
+    expert = tmp_path / "out" / "style"
+    shutil.copytree(folders["style"], expert)
+    recipe = write(tmp_path, folders, ("style: " + folders["style"], f"style: {expert}"))
+    with pytest.raises(RunError, match="would remove experts.style .*, which lies in the output"):
+        train(read_recipe(recipe), overwrite=True)
+    assert expert.is_dir()
