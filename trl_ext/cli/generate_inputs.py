@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -216,6 +217,8 @@ def load(
     """
     # Said at import of a kernel that nothing here uses; it reads as if the installation had failed.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # peft's own use of a name that transformers renames.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
     from transformers.utils.logging import disable_progress_bar
 
     if not sys.stderr.isatty():

@@ -58,11 +58,12 @@ def run_sweep(args: argparse.Namespace, experts: Mapping[str, str]) -> int:
             print(f"α = {point.alpha:g}: {point.tokens} tokens", file=sys.stderr, flush=True)
         if args.output:
             _write_json(args.output, as_mapping(points, **facts, metric=args.metric))
-    print(_sweep_table(points, name, reference, args.metric))
+    metric_name = (args.metric or "").rpartition(":")[2]
+    print(_sweep_table(points, name, reference, metric_name))
     if args.plot:
         from trl_ext.poe.sweep_picture import plot
 
-        plot(points, name, reference, Path(args.plot), args.metric or "")
+        plot(points, name, reference, Path(args.plot), metric_name)
         print(f"\n{args.plot}")
     return 0
 
@@ -99,7 +100,7 @@ def _write_json(name: str, found: Any) -> None:
         ) from error
 
 
-def _sweep_table(points: "Sequence[Point]", name: str, reference: str, metric: str | None) -> str:
+def _sweep_table(points: "Sequence[Point]", name: str, reference: str, metric: str) -> str:
     experts = list(points[0].log_likelihood)
     header = ["α", *(f"log p {expert}" for expert in experts), "log Z", f"ppl {reference}"]
     header += ["distinct-2", "tokens", *([metric] if metric else [])]

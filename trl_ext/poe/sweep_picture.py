@@ -23,6 +23,10 @@ def check_plotting() -> None:
         ) from error
 
 
+# From this ratio of the largest perplexity to the smallest on, its axis is logarithmic.
+_WIDE = 10
+
+
 def plot(points: Sequence[Point], name: str, reference: str, file: Path, metric: str = "") -> None:
     """Draw a sweep: likelihood under one expert against that under the other, a point an α.
 
@@ -51,7 +55,9 @@ def plot(points: Sequence[Point], name: str, reference: str, file: Path, metric:
     if metric:
         perplexities = [_perplexity(point.log_likelihood[reference]) for point in points]
         _draw(axes[1], points, perplexities, [point.metric or Mean(0, 0) for point in points])
-        axes[1].set_xscale("log")
+        values = [perplexity.mean for perplexity in perplexities]
+        if max(values) > _WIDE * min(values):
+            axes[1].set_xscale("log")
         axes[1].set_xlabel(f"perplexity under {reference}")
         axes[1].set_ylabel(metric)
     prompts = len(points[0].texts)

@@ -621,6 +621,8 @@ def test_an_expert_that_is_not_there(tmp_path, folders):
 def test_a_run_does_not_replace_its_own_expert(tmp_path, folders):
     expert = tmp_path / "out" / "style"
     shutil.copytree(folders["style"], expert)
+    for file in ("recipe.yaml", "environment.json"):  # what marks a run
+        (tmp_path / "out" / file).touch()
     recipe = write(tmp_path, folders, ("style: " + folders["style"], f"style: {expert}"))
     with pytest.raises(RunError, match="would remove experts.style .*, which lies in the output"):
         train(read_recipe(recipe), overwrite=True)
