@@ -11,7 +11,7 @@ examples:
   trl_ext generate MODEL --expert style=./adapter --weight style=0.3 --prompts prompts.txt
   trl_ext generate MODEL --expert docs=./docs --weight base=1 --weight docs=0.3
   trl_ext generate MODEL --expert style=./adapter --prompts prompts.jsonl --num-samples 4 \\
-    --sweep style=0:1:0.25 --metric my_module:sentiment --plot sweep.png --output sweep.json
+    --sweep style=0:1:0.25 --metric sentiment --plot sweep.png --output sweep.json
 """
 
 import argparse
@@ -88,8 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sweep.add_argument("--sweep", metavar="NAME=START:STOP:STEP", help="or NAME=0,0.3,1")
     sweep.add_argument(
         "--metric",
-        metavar="MODULE:FUNCTION",
-        help="a function of texts that returns one number a text",
+        metavar="NAME",
+        help="sentiment, words, or MODULE:FUNCTION of texts that returns one number a text",
     )
     sweep.add_argument("--plot", metavar="FILE.png", help="draw the sweep")
 

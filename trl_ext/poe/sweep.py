@@ -18,7 +18,7 @@ MOST_POINTS = 1000
 METRICS = Registry(
     "metric",
     "trl_ext.metrics",
-    {"words": "trl_ext.poe.sweep:words"},
+    {"sentiment": "trl_ext.rewards.vader:sentiment", "words": "trl_ext.poe.sweep:words"},
     "a function (texts) -> one number a text",
 )
 

@@ -26,7 +26,7 @@ def vader(completions: Sequence[Any], **columns: Any) -> list[float]:
 
 
 def sentiment(texts: Sequence[str]) -> list[float]:
-    """The same of plain texts, as `trl_ext generate --metric` calls it."""
+    """The same of plain texts: `trl_ext generate --metric sentiment`."""
     analyzer = _analyzer()
     return [float(analyzer.polarity_scores(text)["compound"]) for text in texts]
 
