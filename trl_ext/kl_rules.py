@@ -108,6 +108,9 @@ def beta_of_alpha(alpha: Any, beta: Any, default: Any) -> Any:
 def alpha_findings(values: Mapping[str, Any], refused: Collection[str]) -> list[tuple[str, str]]:
     """What keeps a trainer with `poe_alpha` from its target: (option, why and what to do).
 
+    Of several rewards any may be the log-ratio, so that their weights are left alone: its own must
+    be 1, and each of the others tilts the product by exp(poe_alpha·weight·reward).
+
     Args:
         values: the options of the trainer, defaults included, `beta` as `beta_of_alpha` has it.
         refused: options that the trainer does not have a use for.
@@ -131,11 +134,22 @@ def alpha_findings(values: Mapping[str, Any], refused: Collection[str]) -> list[
                 f"as {values['beta']!r}. Remove one of the two.",
             )
         ]
-    return [
+    found = [
         ("poe_alpha", f"{name}={values[name]!r} {why}. Set {name}={instead!r}.")
         for name, wanted, why, instead in _AGAINST_ALPHA
         if name in values and name not in refused and values[name] not in wanted
     ]
+    weights = values.get("reward_weights")
+    if isinstance(weights, list | tuple) and len(weights) == 1 and weights[0] != 1:
+        found.append(
+            (
+                "poe_alpha",
+                f"reward_weights={weights!r} multiplies the only reward, so that {alpha!r} times "
+                f"{weights[0]!r} would take the place of poe_alpha. Remove reward_weights, and "
+                "give poe_alpha alone.",
+            )
+        )
+    return found
 
 
 def _soundness(values: Mapping[str, Any]) -> list[tuple[str, str]]:

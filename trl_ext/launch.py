@@ -5,7 +5,9 @@ import shlex
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import ProgressCallback, Trainer
@@ -63,21 +65,30 @@ def _check_kept(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
     """Refuse to replace a run with one that is made from it.
 
     Raises:
-        RunError: if the model, an expert or the dataset lies in the directory that would be
-            removed.
+        RunError: if the model, an expert, the dataset or what a reward is made of lies in the
+            directory that would be removed.
     """
     if not overwrite:
         return
-    used = {key: recipe.values.get(key) for key in ("model_name_or_path", "dataset_name")}
-    experts = recipe.values.get("experts") or {}
-    used |= {f"experts.{name}": path for name, path in experts.items()}
-    for key, value in used.items():
-        path = Path(str(value or "")).expanduser()
+    keys = ("model_name_or_path", "dataset_name", "reward_model_name_or_path")
+    used = {key: recipe.values.get(key) for key in (*keys, "experts", "reward_funcs")}
+    for key, value in _texts_in(used):
+        path = Path(value).expanduser()
         if path.exists() and path.resolve().is_relative_to(output_dir.resolve()):
             raise RunError(
                 f"--overwrite would remove {key} {str(path)!r}, which lies in the output_dir. "
                 "Give another: output_dir=..."
             )
+
+
+def _texts_in(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """The texts of a setting, each with its key, such as `reward_funcs.0.expert`."""
+    if isinstance(value, str) and value:
+        yield key, value
+    elif isinstance(value, Mapping | list):
+        parts = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for name, part in parts:
+            yield from _texts_in(part, f"{key}.{name}" if key else str(name))
 
 
 def _silence_what_no_user_can_mend() -> None:

@@ -67,6 +67,8 @@ class PolicyConfig(TRLGRPOConfig):
         poe_alpha: weight α > 0 of a second model P_N in the product P_N^α·P_θ^(1−α)/Z that the
             reward log P_N − log P_θ (`log_ratio`) trains towards: `beta` becomes 1/α (Equations
             E15, E18). 1 is P_N alone, above 1 goes on in that direction. None: `beta` as given.
+            Its weight in `reward_weights` must be 1; that of another reward r tilts the product by
+            exp(α·weight·r).
     """
 
     stop_strings: list[str] | None = field(

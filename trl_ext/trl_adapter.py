@@ -30,7 +30,7 @@ from trl_ext.policy_config import PolicyConfig
 from trl_ext.rewards.columns import (
     asked_of_trainer,
     check_reference_can_be_had,
-    show_tokenizer,
+    show_policy,
     with_columns,
 )
 from trl_ext.rewards.guard import guarded_all
@@ -121,7 +121,7 @@ class PolicyTrainer(TRLGRPOTrainer):
         self._check_reference(model)
         if not self._replaces_loss:
             self.beta = args.beta
-        show_tokenizer(self.reward_funcs, self._tokenizer)
+        show_policy(self.reward_funcs, self.model, self._tokenizer)
         self._rewards_per_func: Tensor | None = None
         self._evaluation_rewards: list[Tensor] = []
         # Log-probabilities and readout of each scoring pass since the last rollout or loss.

@@ -27,11 +27,14 @@ class ProductOutput(ModelOutput):
             they are, so that transformers' logits processors do to it what they do to the model.
         log_z: (B, keep) log Σ_v Π_k p_k(v)^{w_k}, nats.
         past_key_values: what the experts remember.
+        attentions, hidden_states: None; transformers' `generate` may ask for them.
     """
 
     logits: Tensor | None = None
     log_z: Tensor | None = None
     past_key_values: Cache | None = None
+    attentions: None = None
+    hidden_states: None = None
 
 
 class ProductCache(Cache):
@@ -55,9 +58,32 @@ class ProductCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Go on from these rows: beam search."""
         assert self.ids is not None
+        batch = len(self.ids)
         self.ids = self.ids.index_select(0, beam_idx)
         for source, cache in zip(self.sources, self.caches, strict=True):
-            source.reorder(cache, beam_idx)  # pyright: ignore[reportArgumentType]
+            source.reorder(cache, beam_idx, batch)  # pyright: ignore[reportArgumentType]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Go on from these rows."""
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row several times, behind one another."""
+        assert self.ids is not None
+        rows = torch.arange(len(self.ids), device=self.ids.device)
+        self.reorder_cache(rows.repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last −`tokens_to_remove` tokens: those that an assistant guessed wrong."""
+        assert self.ids is not None
+        self.ids = self.ids[:, : self.ids.size(1) - abs(tokens_to_remove)]
+        for cache in filter(None, self.caches):
+            cache.crop(tokens_to_remove)
+
+    def activate_past_recording(self) -> None:
+        """Keep what `crop` may want back."""
+        for cache in filter(None, self.caches):
+            cache.activate_past_recording()
 
     @property
     def is_compileable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from trl_ext.errors import ConfigError, RunError
-from trl_ext.poe.experts import Adapter, TokenReward
+from trl_ext.poe.experts import Adapter, ModelSource, Source, Step, TokenReward, positions_of
 from trl_ext.poe.vocabulary import check_vocabularies
 
 
@@ -118,13 +118,62 @@ def _width(expert: Any) -> int | None:
     return getattr(expert, "vocab_size", None)
 
 
+def check_source(names: str, source: Source) -> None:
+    """Whether models score tokens from those before them alone, tried on three short texts.
+
+    Texts are x, y and then: nothing; y; y, the first padded on the left. A model that looks ahead
+    scores differently in the first two, one that sees padding in the last.
+
+    Args:
+        names: of the experts, for errors.
+        source: of their scores. One that cannot be padded remembers it.
+
+    Raises:
+        ConfigError: if they do not, or cannot score them at all.
+    """
+    if not isinstance(source, ModelSource) or source.model.device.type == "meta":
+        return
+    if source.model.config.is_encoder_decoder:
+        raise ConfigError(
+            f"The expert {names!r} is an encoder-decoder model; an expert must be a causal "
+            "language model."
+        )
+    device = source.model.device
+    ids = torch.tensor([[1, 1, 0], [1, 0, 1], [1, 0, 0]], device=device)
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1], [1, 1, 1]], device=device)
+    step = Step(ids, positions_of(mask), ids, mask, True, 3, False)
+    try:
+        with torch.no_grad():
+            all_scores = source.scores(step, None)
+    except Exception as error:  # whatever a model's own code raises
+        raise ConfigError(
+            f"The expert {names!r} cannot score a text: {type(error).__name__}: {error}. An expert "
+            "is a causal language model, or LoRA adapters of one that can share a batch."
+        ) from error
+    for scores in all_scores:
+        if not _alike(scores[1, :2], scores[2, :2], source.model.dtype):
+            raise ConfigError(
+                f"The expert {names!r} looks ahead: what it says of a token changes with those "
+                "behind it. An expert must be a causal language model."
+            )
+        if not _alike(scores[0, 2], scores[1, 1], source.model.dtype):
+            source.sees_padding = True
+
+
+def _alike(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    size = one[one.isfinite()].abs().max().item() if one.isfinite().any() else 0.0
+    share = 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
+    return torch.allclose(one, other, rtol=0, atol=1e-5 + share * size, equal_nan=True)
+
+
 def checked_cutoff(plausibility: float | None) -> float | None:
     """`plausibility`, which must be a share or None.
 
     Raises:
         ConfigError: if it is neither.
     """
-    if plausibility is not None and not 0 < plausibility <= 1:
+    is_number = isinstance(plausibility, int | float) and not isinstance(plausibility, bool)
+    if plausibility is not None and not (is_number and 0 < plausibility <= 1):
         raise ConfigError(
             f"plausibility={plausibility!r} must be greater than 0 and at most 1: a token stays "
             "if it is at least that many times as likely as the likeliest. None keeps all."
@@ -138,16 +187,22 @@ def check_ids(ids: Tensor, device: torch.device, vocab_size: int) -> None:
     Raises:
         ConfigError: if not; with the value.
     """
-    if ids.dim() != 2 or ids.dtype not in (torch.int32, torch.int64):
+    if not isinstance(ids, Tensor):
         raise ConfigError(
-            f"input_ids must be whole numbers (B, T), got {ids.dtype} {tuple(ids.shape)}."
+            f"input_ids must be a tensor (B, T), got a {type(ids).__name__}. Unpack what a "
+            'tokenizer returns: generate(**tokenizer(texts, return_tensors="pt")).'
+        )
+    if ids.dim() != 2 or ids.dtype not in (torch.int32, torch.int64) or not ids.numel():
+        raise ConfigError(
+            f"input_ids must be whole numbers (B, T), B and T at least 1, got {ids.dtype} "
+            f"{tuple(ids.shape)}."
         )
     if ids.device.type != device.type:
         raise ConfigError(
             f"input_ids are on {ids.device} and the experts on {device}; move them with "
             f'.to("{device}").'
         )
-    if ids.numel() and not 0 <= ids.min() <= ids.max() < vocab_size:
+    if not 0 <= ids.min() <= ids.max() < vocab_size:
         worst = ids.max() if ids.min() >= 0 else ids.min()
         raise ConfigError(
             f"input_ids has the token {worst.item()}; the experts share the tokens 0 to "

@@ -14,6 +14,7 @@ from torch import Tensor
 from trl_ext.errors import ConfigError
 from trl_ext.poe.corpus import read_corpus
 from trl_ext.poe.counted_base import CountedExpert
+from trl_ext.poe.counted_files import check_pseudo_count
 from trl_ext.poe.counting import (
     Counts,
     CountTable,
@@ -82,7 +83,7 @@ class NaiveBayesExpert(CountedExpert):
                 Any iterable, a generator too, which is read once, or a `datasets.Dataset`. An
                 empty sequence counts nothing.
             window: k ≥ 1, how many preceding tokens are features.
-            pseudo_count: a > 0 of Laplace smoothing.
+            pseudo_count: a of Laplace smoothing, 0 < a ≤ 1e15.
             vocab_size: V; default len(tokenizer). A language model's logits may be wider than its
                 tokenizer: then give their width.
             tokenizer: of the language model. Texts are tokenised without special tokens.
@@ -172,7 +173,7 @@ class NGramExpert(CountedExpert):
         Args:
             sequences: as in `NaiveBayesExpert.fit`, and so are the others.
             order: n ≥ 1.
-            pseudo_count: a > 0 of Laplace smoothing.
+            pseudo_count: a of Laplace smoothing, 0 < a ≤ 1e15.
             vocab_size: V; default len(tokenizer).
             tokenizer: of the language model.
             column: of a dataset, or of rows that are mappings; default `text` or `input_ids`.
@@ -226,12 +227,7 @@ class NGramExpert(CountedExpert):
 
 def _check_settings(pseudo_count: float, **size: int) -> None:
     """Refuse what is no smoothing; `size` is window=k or order=n."""
-    is_number = isinstance(pseudo_count, int | float) and not isinstance(pseudo_count, bool)
-    if not is_number or not 0 < pseudo_count < math.inf:
-        raise ConfigError(
-            f"pseudo_count is {pseudo_count!r}; it must be a positive finite number. Without "
-            "smoothing, 1e-10 say, what was never counted would be impossible in a product."
-        )
+    check_pseudo_count(pseudo_count)
     for name, value in size.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"{name} is {value!r}; it must be a whole number from 1 on.")

@@ -16,10 +16,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from trl_ext.errors import ConfigError
+from trl_ext.poe.counted_files import (
+    COUNTS,
+    DESCRIPTION,
+    FORMAT_VERSION,
+    check_no_model,
+    damaged,
+    read_description,
+    replaced,
+)
 from trl_ext.poe.counting import Counts, CountTable
+from trl_ext.poe.counts_file import load_counts, save_counts
 
-DESCRIPTION, COUNTS = "counted_expert.json", "counts.safetensors"
-FORMAT_VERSION = 1
 # Scores computed together, rows × V: 8 MB in float64, and at most a few times that for the counts
 # that are spread over them. On a CPU more is slower.
 SCORES_AT_ONCE = 2**20
@@ -42,6 +50,7 @@ class CountedExpert(ABC):
 
     kind: ClassVar[str]
     _size_name: ClassVar[str]  # what `context_length` is derived from: "window", "order"
+    _smallest_size: ClassVar[int]  # the size at which it is 0
 
     def __init__(self, counts: Counts, *, pseudo_count: float, tokenizer: Any | None = None):
         self.vocab_size = len(counts.tokens)
@@ -57,6 +66,12 @@ class CountedExpert(ABC):
     def context_length(self) -> int:
         """How many of the preceding tokens it reads."""
         return len(self._counts.tables)
+
+    @property
+    def num_distinct(self) -> int:
+        """Different n-grams that were counted: of the order, or pairs at the longest distance."""
+        tables = self._counts.tables
+        return len(tables[-1].pairs) if tables else int((self._counts.tokens > 0).sum())
 
     @property
     def device(self) -> torch.device:
@@ -229,11 +244,13 @@ class CountedExpert(ABC):
         """Write a directory: what it is, its counts, and its tokenizer if it has one.
 
         Args:
-            path: made if it does not exist; files of the same names are replaced.
+            path: made if it does not exist; an expert that is there is replaced, other files stay.
+
+        Raises:
+            ConfigError: if a language model or an adapter is there.
+            RunError: if the counts cannot be written.
         """
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._counts.save(folder / COUNTS)
+        check_no_model(path)
         description = {
             "kind": self.kind,
             self._size_name: getattr(self, self._size_name),
@@ -243,10 +260,12 @@ class CountedExpert(ABC):
             "tokenizer": self.tokenizer is not None,
             "format_version": FORMAT_VERSION,
         }
-        text = json.dumps(description, indent=2) + "\n"
-        (folder / DESCRIPTION).write_text(text, encoding="utf-8")
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
+        with replaced(Path(path)) as folder:
+            save_counts(self._counts, folder / COUNTS)
+            text = json.dumps(description, indent=2) + "\n"
+            (folder / DESCRIPTION).write_text(text, encoding="utf-8")
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -256,14 +275,14 @@ class CountedExpert(ABC):
             path: a directory that `save` wrote.
 
         Raises:
-            ConfigError: if it is none, of another class, or written in a newer format.
+            ConfigError: if it is none, of another class, damaged, or written in a newer format.
         """
         folder = Path(path)
         # They are made of this class.
         from trl_ext.poe.counted import NaiveBayesExpert, NGramExpert
 
         kinds = {each.kind: each for each in (NaiveBayesExpert, NGramExpert)}
-        description = _read_description(folder)
+        description = read_description(folder, {each.kind: each._size_name for each in kinds.values()})
         found = kinds[description["kind"]]
         if not issubclass(found, cls):
             raise ConfigError(
@@ -271,33 +290,34 @@ class CountedExpert(ABC):
                 f"{found.__name__}, not a {cls.__name__}. Use {found.__name__}.load or "
                 "CountedExpert.load."
             )
-        tokenizer = None
-        if description["tokenizer"]:
-            from transformers import AutoTokenizer
+        size = description[found._size_name]
+        counts = load_counts(
+            folder / COUNTS,
+            tables=size - found._sizeless,
+            chained=found.kind == NGramExpert.kind,
+            num_tokens=description["num_tokens"],
+        )
+        if len(counts.tokens) != description["vocab_size"]:
+            raise damaged(
+                folder / DESCRIPTION,
+                f"vocab_size is {description['vocab_size']}, and {COUNTS} counts "
+                f"{len(counts.tokens)} tokens",
+            )
+        tokenizer = _tokenizer(folder) if description["tokenizer"] else None
+        return found(counts, pseudo_count=description["pseudo_count"], tokenizer=tokenizer)
 
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        pseudo_count = description["pseudo_count"]
-        return found(Counts.load(folder / COUNTS), pseudo_count=pseudo_count, tokenizer=tokenizer)
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise damaged(folder, f"its tokenizer cannot be opened: {reason}") from error
 
 
 def _described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     return f"a {type(value).__name__}"
-
-
-def _read_description(folder: Path) -> dict[str, Any]:
-    missing = [name for name in (DESCRIPTION, COUNTS) if not (folder / name).is_file()]
-    if missing:
-        raise ConfigError(
-            f"{folder} is no counted expert: it has no {' and no '.join(missing)}. Give a "
-            "directory that an expert's save wrote."
-        )
-    description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    version = description["format_version"]
-    if version > FORMAT_VERSION:
-        raise ConfigError(
-            f"{folder} was written in format {version}, and this trl_ext reads formats up to "
-            f"{FORMAT_VERSION}. Install the trl_ext that wrote it, or a newer one."
-        )
-    return description

@@ -2,11 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trl_ext.poe.corpus import Corpus
@@ -96,30 +94,6 @@ class Counts:
     def to(self, device: torch.device | str) -> "Counts":
         """The same counts on `device`."""
         return Counts(self.tokens.to(device), [table.to(device) for table in self.tables])
-
-    def save(self, file: Path) -> None:
-        """Write a safetensors file."""
-        tensors = {"tokens": self.tokens}
-        for number, table in enumerate(self.tables, start=1):
-            tensors |= {f"pairs.{number}": table.pairs, f"counts.{number}": table.counts}
-            if table.row_keys is not None:
-                tensors[f"row_keys.{number}"] = table.row_keys
-        save_file(tensors, file)
-
-    @classmethod
-    def load(cls, file: Path) -> "Counts":
-        """What `save` wrote, on the CPU."""
-        tensors = load_file(file)
-        tables = [
-            CountTable(
-                tensors[f"pairs.{number}"],
-                tensors[f"counts.{number}"],
-                len(tensors["tokens"]),
-                tensors.get(f"row_keys.{number}"),
-            )
-            for number in range(1, 1 + sum(name.startswith("pairs.") for name in tensors))
-        ]
-        return cls(tensors["tokens"], tables)
 
 
 class KeyCounter:

@@ -76,6 +76,11 @@ class PoEDistillationTrainer(TRLDistillationTrainer):
             )
         if args.deepspeed_plugin is not None:
             raise ConfigError(f"{_NOT_SHARDED} DeepSpeed.")
+        if train_dataset is None:
+            raise DataError(
+                "PoEDistillationTrainer needs a train_dataset, got None. Give a datasets.Dataset "
+                "with the column 'prompt'."
+            )
         check_datasets(train_dataset, eval_dataset)
         _check_size(train_dataset, args)
         product = _product(experts, args)

@@ -15,11 +15,12 @@ def distillation_findings(options: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What is wrong with these options: name of the option, problem.
 
     Args:
-        options: experts, expert_weights, expert_dtype, plausibility, divergence, jsd_weight; the
-            first two may be None where the experts are given as an object.
+        options: experts, expert_weights, expert_dtype, plausibility, divergence, jsd_weight,
+            temperature; the first two may be None where the experts are given as an object.
     """
     return [
         *_of_choices(options),
+        *_of_temperature(options["temperature"]),
         *_of_divergence(options),
         *_of_plausibility(options),
         *_of_experts(options["experts"]),
@@ -32,6 +33,18 @@ def _of_choices(options: Mapping[str, Any]) -> list[tuple[str, str]]:
         (name, f"got {options[name]!r}; it must be one of {', '.join(allowed)}.")
         for name, allowed in (("divergence", DIVERGENCES), ("expert_dtype", EXPERT_DTYPES))
         if options[name] not in allowed
+    ]
+
+
+def _of_temperature(temperature: Any) -> list[tuple[str, str]]:
+    if _is_number(temperature) and 0 < temperature < math.inf:
+        return []
+    return [
+        (
+            "temperature",
+            f"got {temperature!r}; it must be a number greater than 0: the student samples, and "
+            "both distributions are compared, at it.",
+        )
     ]
 
 

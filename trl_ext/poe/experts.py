@@ -3,7 +3,9 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
@@ -72,6 +74,8 @@ class ModelSource:
 
     def __init__(self, model: Any):
         self.model = model
+        # Found out by `check_source`: such a model is given rows of one length only.
+        self.sees_padding = False
         self._takes = set(inspect.signature(model.forward).parameters)
 
     def new_cache(self) -> Cache:
@@ -90,13 +94,18 @@ class ModelSource:
     ) -> Tensor:
         past = step.ids.size(1) - step.new_ids.size(1)
         # A model that put nothing into its cache reads everything again.
-        reads_all = cache is None or cache.get_seq_length() != past
+        reads_all = past > 0 and not _holds(cache, past)
         ids = step.ids if reads_all else step.new_ids
         inputs: dict[str, Any] = {"input_ids": ids, **more}
+        if self.sees_padding and not step.mask.all():
+            raise RunError(
+                f"The batch is padded, and a {type(self.model).__name__} reads padding as text. "
+                "Give prompts of one length, or one at a time."
+            )
         if step.has_padding:
             inputs["attention_mask"] = step.mask
-        if "position_ids" in self._takes and not (reads_all and past):
-            inputs["position_ids"] = step.new_positions
+        if "position_ids" in self._takes:
+            inputs["position_ids"] = positions_of(step.mask) if reads_all else step.new_positions
         if "logits_to_keep" in self._takes:
             inputs["logits_to_keep"] = step.keep
         tensors = {
@@ -106,9 +115,21 @@ class ModelSource:
         output = model(**tensors, past_key_values=cache, use_cache=step.use_cache)
         return output.logits[:, -step.keep :].float()
 
-    def reorder(self, cache: Cache, rows: Tensor) -> None:
-        """Keep these rows of the batch, for beam search."""
+    def reorder(self, cache: Cache, rows: Tensor, batch: int) -> None:
+        """Go on from these of the `batch` rows, for beam search."""
         cache.reorder_cache(rows)  # pyright: ignore[reportArgumentType]
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """(B, S): 0 = a row's first token, and what pads it on the left."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def _holds(cache: Cache | None, tokens: int) -> bool:
+    try:
+        return cache is not None and cache.get_seq_length() == tokens
+    except ValueError:  # one without attention has a state and no length
+        return True
 
 
 class AdapterSource(ModelSource):
@@ -118,17 +139,41 @@ class AdapterSource(ModelSource):
         super().__init__(model.get_base_model())
         self.peft_model = model
         self.adapters = [BASE if adapter is None else adapter for adapter in adapters]
+        self._layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
 
     def scores(self, step: Step, cache: Cache | None) -> list[Tensor]:
         copies, rows = len(self.adapters), step.new_ids.size(0)
         names = [adapter for adapter in self.adapters for _ in range(rows)]
-        logits = self._logits(self.peft_model, step, cache, copies, adapter_names=names)
+        self._check_state()
+        with _lock_of(self.peft_model):
+            logits = self._logits(self.peft_model, step, cache, copies, adapter_names=names)
         return list(logits.unflatten(0, (copies, rows)))
 
-    def reorder(self, cache: Cache, rows: Tensor) -> None:
-        batch = len(rows)
+    def reorder(self, cache: Cache, rows: Tensor, batch: int) -> None:
         parts = torch.arange(len(self.adapters), device=rows.device) * batch
-        super().reorder(cache, (parts[:, None] + rows).flatten())
+        super().reorder(cache, (parts[:, None] + rows).flatten(), batch)
+
+    def _check_state(self) -> None:
+        """Whether peft would mix adapters now: it does so for a model that is left alone."""
+        layer = self._layers[0]
+        for is_so, what, mend in (
+            (layer.disable_adapters, "its adapters disabled", "Leave disable_adapter() first"),
+            (layer.merged, "an adapter merged into it", "Call unmerge_adapter() first"),
+            (layer.training, "been put into training mode", "Call product.eval() first"),
+        ):
+            if is_so:
+                raise RunError(
+                    f"The PEFT model of the adapters {', '.join(self.adapters)} has {what}, and "
+                    f"would give other distributions. {mend}."
+                )
+
+
+_LOCKS: "WeakKeyDictionary[PeftModel, Lock]" = WeakKeyDictionary()
+
+
+def _lock_of(model: PeftModel) -> Lock:
+    """While peft mixes adapters, no other thread may use the model: its layers know for whom."""
+    return _LOCKS.setdefault(model, Lock())
 
 
 class TableSource:
@@ -154,15 +199,17 @@ class TableSource:
         if isinstance(reward, Tensor):
             return reward.to(step.ids.device).expand(*rows, -1)
         values = reward(step.ids, step.mask)
-        if values.dim() != 3 or values.shape[:2] != step.ids.shape:
+        is_tensor = isinstance(values, Tensor) and not values.is_complex()
+        if not is_tensor or values.dim() != 3 or values.shape[:2] != step.ids.shape:
+            shape = tuple(values.shape) if is_tensor else f"a {type(values).__name__}"
             raise RunError(
-                f"A TokenReward's function returned {tuple(values.shape)} for tokens "
+                f"A TokenReward's function returned {shape} for tokens "
                 f"{tuple(step.ids.shape)}; it must return (B, T, V): in row t, the reward of every "
                 "token that may follow the first t + 1."
             )
         return values[:, -step.keep :]
 
-    def reorder(self, cache: None, rows: Tensor) -> None:
+    def reorder(self, cache: None, rows: Tensor, batch: int) -> None:
         """Nothing to keep: the tokens are the state."""
 
 
@@ -178,7 +225,16 @@ def sources_of(experts: dict[str, Any]) -> list[tuple[Source, list[int]]]:
         ConfigError: if something cannot be an expert, or adapters cannot share a batch.
     """
     models = [e.model if isinstance(e, Adapter) else e for e in experts.values()]
-    wrapped = {id(m.get_base_model()): m for m in models if isinstance(m, PeftModel)}
+    wrapped: dict[int, PeftModel] = {}
+    for name, model in zip(experts, models, strict=True):
+        if isinstance(model, PeftModel):
+            first = wrapped.setdefault(id(model.get_base_model()), model)
+            if first is not model:
+                raise ConfigError(
+                    f"The expert {name!r} is a second PeftModel around one model, whose layers "
+                    "hold the adapters of both under the same names. Load them as two adapters of "
+                    "one PeftModel (load_adapter), and give Adapter(model, name) for each."
+                )
     sources: list[tuple[Source, list[int]]] = []
     shared: dict[int, tuple[PeftModel, list[str | None], list[int]]] = {}
     for place, (name, expert) in enumerate(experts.items()):
@@ -216,27 +272,38 @@ def _check_adapter(name: str, adapter: Adapter) -> None:
             f"The expert {name!r} is an Adapter of a {type(adapter.model).__name__}; it must be "
             "one of a PeftModel."
         )
-    if adapter.name is None:
-        return
-    config = adapter.model.peft_config.get(adapter.name)
-    if config is None:
-        known = ", ".join(adapter.model.peft_config)
+    known = adapter.model.peft_config
+    if adapter.name is not None and adapter.name not in known:
         raise ConfigError(
             f"The expert {name!r} is the adapter {adapter.name!r}, which its model does not have. "
-            f"It has: {known}; Adapter(model, None) is the model without one."
+            f"It has: {', '.join(known)}; Adapter(model, None) is the model without one."
         )
-    if config.peft_type != "LORA" or getattr(config, "use_dora", False):
-        kind = "DoRA" if getattr(config, "use_dora", False) else config.peft_type
-        raise ConfigError(
-            f"The expert {name!r} is an adapter of the kind {kind}; only LoRA adapters share a "
-            "batch. Load it on a copy of the model, merge it (merge_and_unload) and give that."
-        )
-    merged = [m for m in adapter.model.modules() if isinstance(m, BaseTunerLayer) and m.merged]
-    if merged:
-        raise ConfigError(
-            f"The expert {name!r} is an adapter of a model with merged adapters, which would be "
-            "part of every expert. Call unmerge_adapter() first."
-        )
+    # What one adapter changes in the model itself, all experts of that model have.
+    for other, config in known.items():
+        if other != adapter.name and getattr(config, "peft_type", None) == "LORA":
+            kind = _reaches_further(config)
+        else:
+            kind = _is_not_plain(config)
+        if kind:
+            raise ConfigError(
+                f"The expert {name!r} belongs to a PEFT model whose adapter {other!r} is {kind}; "
+                "only plain LoRA adapters share a batch, with each other and with the base. Load "
+                "it on a copy of the model, merge it (merge_and_unload) and give that."
+            )
+
+
+def _is_not_plain(config: Any) -> str | None:
+    """What an adapter is, where it is no plain LoRA."""
+    if config.peft_type != "LORA":
+        return f"of the kind {getattr(config.peft_type, 'value', config.peft_type)}"
+    return "of the kind DoRA" if config.use_dora else _reaches_further(config)
+
+
+def _reaches_further(config: Any) -> str | None:
+    """What a LoRA adapter changes beside what it adds to layers."""
+    if config.bias != "none":
+        return f"trained with bias={config.bias!r}, which replaces the base's"
+    return "one with layer_replication" if config.layer_replication else None
 
 
 def _source(name: str, expert: Any) -> Source:

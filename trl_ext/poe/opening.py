@@ -64,8 +64,8 @@ def open_expert(expert: Any, *, tokenizer: Any = None) -> Opened:
         return _count(expert, tokenizer)
     if isinstance(expert, str | Path):
         return _load(str(expert), tokenizer)
+    check_expert("The expert", expert)
     name = f"the {type(expert).__name__}"
-    check_expert(name, expert)
     return Opened(name, expert, tokenizer or getattr(expert, "tokenizer", None), is_own=False)
 
 

@@ -1,11 +1,13 @@
 """What rewards over tokens share: models that score completions, and the policy's reference."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import nn
 
 from trl_ext.errors import ConfigError, RewardError
 from trl_ext.poe.opening import Opened, open_expert, open_tokenizer, tokenised_prompts
-from trl_ext.poe.scoring import completion_log_probs
+from trl_ext.poe.scoring import completion_log_probs, tensors_of
 from trl_ext.poe.vocabulary import check_vocabularies
 from trl_ext.rewards.returned import shown
 
@@ -57,6 +59,8 @@ class OverTokens:
         batch_size: int,
         floor: float | None = None,
     ):
+        if not isinstance(per_token, bool):
+            raise ConfigError(f"per_token is {per_token!r}; it must be true or false.")
         self.__name__ = name
         self.per_token = per_token
         self.batch_size = batch_size
@@ -79,6 +83,25 @@ class OverTokens:
         if self._tokenizers:
             check_vocabularies({"the policy": tokenizer, **self._tokenizers})
 
+    def check_policy(self, policy: nn.Module) -> None:
+        """Whether the models stay as they are while the policy trains. A policy trainer calls it.
+
+        Raises:
+            ConfigError: with the model that does not.
+        """
+        trained = {
+            id(tensor): name for name, tensor in policy.named_parameters() if tensor.requires_grad
+        }
+        for model in self._models:
+            shared = next((id(t) for t in tensors_of(model.expert) if id(t) in trained), None)
+            if shared is not None:
+                raise ConfigError(
+                    f"{self.__name__}: {model.name} shares weights with the policy that train "
+                    f"({trained[shared]} is the first), and would move along. Give its path, or "
+                    "load it separately: from_pretrained(...) once more. The base of an adapter "
+                    "that trains may be shared: Adapter(peft_model, None)."
+                )
+
     def prompt_ids_of(self, prompts: list, prompt_ids: TokenIds | None) -> TokenIds:
         """As generated from where the trainer says so, else tokenised anew."""
         if prompt_ids is not None or not prompts:
@@ -89,6 +112,11 @@ class OverTokens:
                 "tokenizer= the policy's path."
             )
         return tokenised_prompts(prompts, self._reads)
+
+    def check_trainer(self, prompt_ids: TokenIds | None, columns: Mapping[str, Any]) -> None:
+        """Whether a trainer that calls takes numbers of tokens: ours gives `prompt_ids`."""
+        if self.per_token and prompt_ids is None:
+            check_takes_tokens(self.__name__, columns, "Set per_token: false")
 
     def scores(
         self,
@@ -133,6 +161,24 @@ class OverTokens:
     def returned(self, rows: list[list[float]]) -> list[Any]:
         """As asked for: the numbers of tokens, or their sums."""
         return rows if self.per_token else [sum(row) for row in rows]
+
+
+def check_takes_tokens(name: str, columns: Mapping[str, Any], instead: str) -> None:
+    """Whether a reward that got no prompt ids may give one number a token.
+
+    Args:
+        name: of the reward.
+        columns: what it was called with; `trainer_state` among them if a trainer calls.
+        instead: what to do beside using another trainer.
+
+    Raises:
+        RewardError: if it is called by a trainer, which is none of trl_ext's.
+    """
+    if "trainer_state" in columns:
+        raise RewardError(
+            f"{name} gives one number a token, and this trainer takes one a completion: it is not "
+            f"one of trl_ext. {instead}, or use trl_ext's trainer."
+        )
 
 
 def checked_size(batch_size: Any) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
-from trl_ext.errors import ConfigError
+from trl_ext.errors import ConfigError, RunError
 from trl_ext.functional import plausible, weighted_scores
 from trl_ext.poe.cache import ProductCache, ProductOfExpertsConfig, ProductOutput
 from trl_ext.poe.checks import (
@@ -15,6 +15,7 @@ from trl_ext.poe.checks import (
     check_finite,
     check_ids,
     check_outcome,
+    check_source,
     checked_cutoff,
     device_of,
     model_of,
@@ -83,11 +84,13 @@ class ProductOfExperts(PreTrainedModel, GenerationMixin):
         self.sources = sources
         self.members = nn.ModuleList(models)
         self.generation_config = _generation_config(models)
+        self.eval()
+        for source, places in sources:
+            check_source(", ".join(list(named)[place] for place in places), source)
         priors = [_prior_entropy(expert, vocab_size) for expert in named.values()]
         self.weights = WeightRule(list(named), weights, priors, plausibility is not None)
         self.plausibility = checked_cutoff(plausibility)
         self.judge = self._place(plausible_under) if plausible_under else self.weights.heaviest
-        self.eval()
 
     @property
     def device(self) -> torch.device:
@@ -126,6 +129,11 @@ class ProductOfExperts(PreTrainedModel, GenerationMixin):
         """
         if past_key_values is None and use_cache:
             past_key_values = self.new_cache()
+        if past_key_values is not None and not isinstance(past_key_values, ProductCache):
+            raise ConfigError(
+                f"past_key_values is a {type(past_key_values).__name__}; a product of experts goes "
+                "on from a cache of its own: new_cache(), or an earlier output's past_key_values."
+            )
         step = self._pass(input_ids, attention_mask, position_ids, past_key_values, logits_to_keep)
         scores = self._scores(step, past_key_values)
         norms = [s.logsumexp(-1) for s in scores]
@@ -133,15 +141,15 @@ class ProductOfExperts(PreTrainedModel, GenerationMixin):
         check_finite(list(self.experts), norms, mask)
         positions = None
         if self.weights.is_scheduled:
-            first = 0 if prompt_lengths is None else prompt_lengths[:, None]
+            first = 0 if prompt_lengths is None else _checked_lengths(prompt_lengths, input_ids)
             positions = (step.new_positions[:, -step.keep :] + 1 - first).clamp(min=0)
         keep = None
         if self.plausibility is not None:
             keep = plausible(scores[self.judge], self.plausibility)
+        logps = scores
         if self.weights.by_entropy:
-            scores = [s - norm[..., None] for s, norm in zip(scores, norms, strict=True)]
-            norms = [torch.zeros_like(norm) for norm in norms]
-        weights = self.weights(scores, positions)
+            logps = [s - norm[..., None] for s, norm in zip(scores, norms, strict=True)]
+        weights = self.weights(logps, positions)
         product = weighted_scores(scores, weights, keep)
         log_z = product.logsumexp(-1)
         check_outcome(list(self.experts), log_z, mask)
@@ -161,7 +169,14 @@ class ProductOfExperts(PreTrainedModel, GenerationMixin):
         if self.weights.is_scheduled and options.get("prompt_lengths") is None:
             rows = torch.full((len(ids),), ids.size(1), device=ids.device)
             options["prompt_lengths"] = rows if mask is None else mask.sum(1)
-        if options.get("past_key_values") is None and options.get("use_cache") is not False:
+        config = options.get("generation_config") or self.generation_config
+        chosen = {name: options.get(name, getattr(config, name, None)) for name in _OF_CACHES}
+        if chosen["cache_implementation"] is not None:
+            raise ConfigError(
+                f"cache_implementation={chosen['cache_implementation']!r} is not for a product of "
+                "experts, whose cache holds those of its experts. Leave it out."
+            )
+        if options.get("past_key_values") is None and chosen["use_cache"] is not False:
             options["past_key_values"] = self.new_cache()
         return super().generate(inputs, **options)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -271,6 +286,7 @@ class ProductOfExperts(PreTrainedModel, GenerationMixin):
         caches = cache.caches if cache is not None else [None] * len(self.sources)
         for (source, places), own in zip(self.sources, caches, strict=True):
             for place, of_one in zip(places, source.scores(step, own), strict=True):
+                _check_width(self.experts, place, of_one, self.config.vocab_size)
                 scores[place] = of_one[..., : self.config.vocab_size]
         return scores
 
@@ -282,7 +298,35 @@ class ProductOfExperts(PreTrainedModel, GenerationMixin):
         return list(self.experts).index(name)
 
 
+# Options of generate about the cache, which a generation config may hold too.
+_OF_CACHES = ("use_cache", "cache_implementation")
+
+
+def _checked_lengths(lengths: Tensor, ids: Tensor) -> Tensor:
+    """(B, 1)."""
+    if not isinstance(lengths, Tensor) or lengths.shape != ids.shape[:1]:
+        shape = tuple(lengths.shape) if isinstance(lengths, Tensor) else lengths
+        raise ConfigError(
+            f"prompt_lengths is {shape}; it must be a tensor ({len(ids)},), one length a row."
+        )
+    return lengths[:, None]
+
+
+def _check_width(experts: Mapping[str, Any], place: int, scores: Tensor, width: int) -> None:
+    name, expert = list(experts.items())[place]
+    is_padded = model_of(expert) is not None or not isinstance(expert, TokenReward)
+    if scores.size(-1) < width or (scores.size(-1) > width and not is_padded):
+        raise RunError(
+            f"The expert {name!r} scores {scores.size(-1)} tokens, and the experts share {width}."
+        )
+
+
 def _named(experts: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
+    if not isinstance(experts, Mapping | Sequence) or isinstance(experts, str):
+        raise ConfigError(
+            f"experts is a {type(experts).__name__}; it must be a mapping name -> expert, or a "
+            "list of experts."
+        )
     if not isinstance(experts, Mapping):
         experts = {str(place): expert for place, expert in enumerate(experts)}
     if not experts:
@@ -305,7 +349,7 @@ def _generation_config(models: Sequence[Any]) -> GenerationConfig:
     for model in models:
         own = getattr(model, "generation_config", None)
         if own is not None:
-            return GenerationConfig.from_dict(own.to_dict())
+            return GenerationConfig.from_dict(own.to_dict() | {"cache_implementation": None})
     return GenerationConfig()
 
 

@@ -3,14 +3,17 @@
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from trl_ext.bundled import resolve_model
 from trl_ext.errors import ConfigError, RewardError
 from trl_ext.poe.opening import open_tokenizer, tokenised_prompts
-from trl_ext.poe.over_tokens import TokenIds, checked_size
+from trl_ext.poe.over_tokens import TokenIds, check_takes_tokens, checked_size
 from trl_ext.poe.scoring import batches, padded
 from trl_ext.poe.vocabulary import check_vocabularies
+from trl_ext.rewards.returned import cut
 
 
 def reward_model(model: Any, *, tokenizer: Any = None, batch_size: int = 8) -> "RewardModel":
@@ -27,10 +30,15 @@ def reward_model(model: Any, *, tokenizer: Any = None, batch_size: int = 8) -> "
         batch_size: completions scored at a time.
 
     Raises:
-        ConfigError: if there is no such model, or it has several labels.
+        ConfigError: if there is no such model, or it has several labels or no trained head.
     """
     checked_size(batch_size)
     is_own = isinstance(model, str)
+    if not is_own and not isinstance(model, PreTrainedModel | PeftModel):
+        raise ConfigError(
+            f"The reward model is {cut(model)}; it must be a classification model with one label, "
+            "or the path, hub id or bundled: name of one."
+        )
     path = resolve_model(model) if is_own else getattr(model.config, "_name_or_path", "")
     opened: Any = _opened(model, path) if is_own else model
     if opened.config.num_labels != 1:
@@ -55,11 +63,19 @@ def _opened(name: str, path: str) -> Any:
         config = AutoConfig.from_pretrained(path)
         of_tokens = any("TokenClassification" in a for a in config.architectures or [])
         auto = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
-        return auto.from_pretrained(path, dtype="auto").eval().requires_grad_(False)
+        opened, info = auto.from_pretrained(path, dtype="auto", output_loading_info=True)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"The reward model {name!r} cannot be opened: {str(error).strip().splitlines()[0]}"
         ) from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"]))
+        raise ConfigError(
+            f"The reward model {name!r} has no {missing} among its weights, and would judge by "
+            "random numbers there. Give a model that was trained as a reward model, saved with its "
+            "head."
+        )
+    return opened.eval().requires_grad_(False)
 
 
 class RewardModel:
@@ -167,6 +183,9 @@ class TokenModel(RewardModel):
         **columns: Any,
     ) -> list[list[float]]:
         if prompt_ids is None:
+            check_takes_tokens(
+                f"The reward model {self.name!r}", columns, "Take one for sequence classification"
+            )
             prompt_ids = tokenised_prompts(prompts, self.tokenizer) if prompts else []
         self._check_ids(completion_ids)
         scores: list[list[float]] = [[] for _ in completion_ids]

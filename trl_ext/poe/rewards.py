@@ -114,6 +114,7 @@ class LogRatio(OverTokens):
         **columns: Any,
     ) -> list[Any]:
         self.reference.check_was_given(self.__name__, ref_per_token_logps)
+        self.check_trainer(prompt_ids, columns)
         ids = self.prompt_ids_of(prompts, prompt_ids)
         texts = (prompts, completions)
         of_expert = self.scores(self.expert, texts, ids, completion_ids)
@@ -144,6 +145,11 @@ class MinusReference(OverTokens):
         if self.inner.check_tokenizer is not None:
             self.inner.check_tokenizer(tokenizer)
 
+    def check_policy(self, policy: nn.Module) -> None:
+        super().check_policy(policy)
+        if self.inner.check_policy is not None:
+            self.inner.check_policy(policy)
+
     def __call__(
         self,
         prompts: list,
@@ -155,6 +161,9 @@ class MinusReference(OverTokens):
         **columns: Any,
     ) -> list[Any]:
         self.reference.check_was_given(self.__name__, ref_per_token_logps)
+        if self.reference.model is not None:
+            self.check_trainer(prompt_ids, columns)
+            prompt_ids = self.prompt_ids_of(prompts, prompt_ids)
         offered = {"prompt_ids": prompt_ids, "ref_per_token_logps": ref_per_token_logps}
         offered |= {"log_metric": log_metric}
         rewards = self.inner(
@@ -171,18 +180,17 @@ class MinusReference(OverTokens):
             assert ref_per_token_logps is not None
             logps = ref_per_token_logps
         else:
-            ids = self.prompt_ids_of(prompts, prompt_ids)
-            logps = self.scores(self.reference.model, (prompts, completions), ids, completion_ids)
+            assert prompt_ids is not None
+            texts = (prompts, completions)
+            logps = self.scores(self.reference.model, texts, prompt_ids, completion_ids)
         dense = self.inner.checked.token_rewards
         rows = [
             None if reward is None else _less(reward, dense.get(index), row)
             for index, (reward, row) in enumerate(zip(rewards, logps, strict=True))
         ]
-        if not self.per_token:
-            return [row if row is None else sum(row) for row in rows]
-        # Without a token there is none to lay the reward on.
         return [
-            reward if row is not None and not row else row
+            # Without a token there is none to lay the reward on.
+            reward if not row else row if self.per_token else sum(row)
             for reward, row in zip(rewards, rows, strict=True)
         ]
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import use_adapter
 
 from trl_ext.errors import ConfigError
-from trl_ext.poe.experts import Adapter
+from trl_ext.poe.experts import Adapter, TokenReward
+from trl_ext.poe.product import ProductOfExperts
 
 
 @torch.no_grad()
@@ -150,8 +151,9 @@ def check_expert(name: str, expert: Any) -> None:
     if is_model or isinstance(expert, PeftModel | Adapter):
         return
     if not hasattr(expert, "token_log_probs") and not hasattr(expert, "log_probs"):
+        given = "None" if expert is None else f"a {type(expert).__name__}"
         raise ConfigError(
-            f"{name} is a {type(expert).__name__}. An expert is a causal language model, a "
+            f"{name} is {given}. An expert is a causal language model, a "
             "PeftModel, an Adapter, or an object with token_log_probs(input_ids, attention_mask) "
             "-> (B, T) or log_probs(input_ids, attention_mask) -> (B, T, V)."
         )
@@ -171,6 +173,34 @@ def check_token_ids(expert: Any, *token_ids: Sequence[Sequence[int]]) -> None:
             "expert must have one tokenizer; fit a counted expert with vocab_size= the number of "
             "the policy's tokens."
         )
+
+
+def tensors_of(expert: Any) -> Iterator[Tensor]:
+    """The parameters that an expert scores with, as far as it shows them.
+
+    Those of other adapters than its own are not among them.
+    """
+    if isinstance(expert, ProductOfExperts):
+        for member in expert.experts.values():
+            yield from tensors_of(member)
+    elif isinstance(expert, TokenReward):
+        yield from tensors_of(expert.reward)
+    elif isinstance(expert, Adapter):
+        others = {name for name in expert.model.peft_config if name != expert.name}
+        unused = {id(tensor) for tensor in _of_adapters(expert.model, others)}
+        yield from (each for each in expert.model.parameters() if id(each) not in unused)
+    elif isinstance(expert, nn.Module):
+        yield from expert.parameters()
+
+
+def _of_adapters(model: PeftModel, names: set[str]) -> Iterator[Tensor]:
+    """The parameters of some adapters: peft keeps them in dictionaries by the adapters' names."""
+    for module in model.modules():
+        if isinstance(module, nn.ParameterDict):
+            yield from (module[name] for name in names & set(module.keys()))
+        elif isinstance(module, nn.ModuleDict):
+            for name in names & set(module.keys()):
+                yield from module[name].parameters()
 
 
 def vocabulary_size(expert: Any) -> int | None:

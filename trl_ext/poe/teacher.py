@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from trl_ext.errors import ConfigError, RunError
 from trl_ext.functional.masking import at_least_float32
 from trl_ext.poe.cache import ProductOfExpertsConfig
+from trl_ext.poe.checks import check_finite
 from trl_ext.poe.distillation_rules import NO_ZEROS
 from trl_ext.poe.experts import ModelSource, Step
 from trl_ext.poe.product import ProductOfExperts
@@ -192,6 +193,7 @@ class ProductTeacher(nn.Module):
         positions = (own[:, -keep:] + 1 - prompts[:, None]).clamp(min=0)
         weights = self.product.weights([], positions).to(ids.device)
         weights = weights.reshape(len(weights), *(weights.shape[1:] or (1, 1)), 1)
+        names, is_token = list(self.product.experts), mask[:, -keep:].bool()
         columns = []
         for part in self.parts:
             head = part.head
@@ -199,6 +201,8 @@ class ProductTeacher(nn.Module):
                 part.source.scores(step, None)
             [states] = passes
             states = at_least_float32(states[:, -keep:].unflatten(0, (len(part.places), len(ids))))
+            # The largest is NaN or infinite where any is.
+            check_finite(_at(part.places, names), list(states.abs().amax(-1)), is_token)
             scaled = weights[part.places].to(states) * head.logit_scale
             columns.append((scaled * states).sum(0))
             if head.bias is not None:

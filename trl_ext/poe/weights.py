@@ -1,5 +1,6 @@
 """How much each expert counts: fixed, by position, or by what it knows."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -11,6 +12,8 @@ from trl_ext.errors import ConfigError
 from trl_ext.functional import entropy_weights
 
 Weight = float | Callable[[Tensor], Any]
+# Times a log-probability, more leaves float32.
+LARGEST = 1e6
 
 
 class EntropyWeights:
@@ -62,6 +65,12 @@ class WeightRule:
         self.may_sum_to_nothing = may_sum_to_nothing
         own = weights.prior_entropies if isinstance(weights, EntropyWeights) else {}
         _check_names(self.names, own, "prior_entropies")
+        for name, prior in own.items():
+            if not isinstance(prior, Real) or not 0 <= prior < math.inf:
+                raise ConfigError(
+                    f"The prior entropy of the expert {name!r} is {prior!r}; it must be a number "
+                    "of nats, 0 or more."
+                )
         self.prior_entropies = torch.tensor(
             [own.get(name, prior) for name, prior in zip(names, prior_entropies, strict=True)]
         )
@@ -95,7 +104,7 @@ class WeightRule:
     @property
     def heaviest(self) -> int:
         """The expert of the largest weight; at the first position where they follow it."""
-        start = torch.zeros(1, dtype=torch.long)
+        start = torch.zeros(1, 1, dtype=torch.long)
         weights = [self._at(k, start).item() for k in range(len(self.names))]
         return weights.index(max(weights))
 
@@ -106,19 +115,27 @@ class WeightRule:
         weight = self.weights[expert]
         if not callable(weight):
             return torch.full(positions.shape, weight, device=positions.device)
-        value = torch.as_tensor(weight(positions), dtype=torch.float32, device=positions.device)
-        if value.shape not in ((), positions.shape) or not value.isfinite().all():
+        given = weight(positions)
+        try:
+            value = torch.as_tensor(given, device=positions.device)
+        except (TypeError, ValueError, RuntimeError):
+            value = torch.tensor(math.nan)
+        is_real = value.shape in ((), positions.shape) and not value.is_complex()
+        if not is_real or not (value.abs() <= LARGEST).all():
             raise ConfigError(
-                f"The weight of the expert {self.names[expert]!r} must be a finite number at each "
-                f"of the positions {tuple(positions.shape)}, and its schedule gave "
-                f"{tuple(value.shape)}: {value.flatten()[:8].tolist()}."
+                f"The weight of the expert {self.names[expert]!r} must be a number of at most "
+                f"{LARGEST:g} in size at each of the positions {tuple(positions.shape)}, and its "
+                f"schedule gave {given!r}."
             )
-        return value.expand(positions.shape)
+        return value.float().expand(positions.shape)
 
     def _check(self) -> None:
         fixed = torch.tensor([0.0 if callable(w) else w for w in self.weights])
-        if not fixed.isfinite().all():
-            raise ConfigError(f"Weights must be finite, got {_shown(self.names, self.weights)}.")
+        if not (fixed.abs() <= LARGEST).all():
+            raise ConfigError(
+                f"Weights must be finite, and at most {LARGEST:g} in size, got "
+                f"{_shown(self.names, self.weights)}."
+            )
         if self.is_scheduled:
             return
         if not fixed.any() or (not self.may_sum_to_nothing and fixed.sum() <= 0):
@@ -141,6 +158,11 @@ def _listed(names: list[str], weights: Any) -> list[Weight]:
         if missing:
             raise ConfigError(f"There is no weight for the expert {missing[0]!r}.")
         weights = [weights[name] for name in names]
+    if not isinstance(weights, Sequence | Tensor) or isinstance(weights, str):
+        raise ConfigError(
+            f"weights is {weights!r}; it must be a mapping name -> weight, or a list with one an "
+            "expert."
+        )
     weights = weights.tolist() if isinstance(weights, Tensor) else list(weights)
     if len(weights) != len(names):
         raise ConfigError(

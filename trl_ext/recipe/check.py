@@ -19,6 +19,7 @@ from trl_ext.recipe.schema import (
     Fields,
     class_fields,
     config_fields,
+    takes_argument,
 )
 from trl_ext.recipe.values import WrongValue, convert, takes_null
 from trl_ext.recipe.yaml_reader import Entries, Entry
@@ -234,6 +235,21 @@ def check_rewards(
         except UnknownNameError as error:
             findings.append(Finding(entries["reward_funcs"].origin, "reward_funcs", str(error)))
     return values | {"reward_funcs": rewards}
+
+
+def check_takes_rewards(
+    trainer_target: str, values: dict[str, Any], entries: Entries, findings: list[Finding]
+) -> None:
+    """Rewards for a trainer that has no use for them."""
+    if takes_argument(trainer_target, "reward_funcs"):
+        return
+    for key in ("reward_funcs", "reward_model_name_or_path"):
+        if values.get(key):
+            message = (
+                f"got {show_value(values[key])}, and trainer: {entries['trainer'].value} takes no "
+                "reward. Remove it, or use another trainer."
+            )
+            findings.append(Finding(entries[key].origin, key, message))
 
 
 def check_reward_count(

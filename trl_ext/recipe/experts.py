@@ -8,7 +8,15 @@ from trl_ext.recipe.findings import Finding, Origin
 from trl_ext.recipe.schema import Fields
 from trl_ext.recipe.yaml_reader import Entries
 
-_KEYS = ("experts", "expert_weights", "expert_dtype", "plausibility", "divergence", "jsd_weight")
+_KEYS = (
+    "experts",
+    "expert_weights",
+    "expert_dtype",
+    "plausibility",
+    "divergence",
+    "jsd_weight",
+    "temperature",
+)
 
 
 def check_experts(

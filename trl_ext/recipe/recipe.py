@@ -13,6 +13,7 @@ from trl_ext.recipe.check import (
     check_required,
     check_reward_count,
     check_rewards,
+    check_takes_rewards,
     check_values,
     recipe_fields,
     resolve_trainer,
@@ -128,6 +129,7 @@ def _check(file: Path, entries: Entries, recipe: Origin, findings: list[Finding]
     where = check_launcher(launcher, entries, findings)
     if "config" in groups:
         check_refused(refused_options(target), groups["config"], values, entries, findings)
+        check_takes_rewards(target, values, entries, findings)
         check_reward_count(groups["config"], values, entries, findings)
         check_kl(groups["config"], values, entries, recipe, findings)
         check_alpha(refused_options(target), groups["config"], values, entries, findings)

@@ -87,6 +87,28 @@ def refused_options(trainer_target: str) -> dict[str, str]:
     return refused
 
 
+@cache
+def takes_argument(trainer_target: str, argument: str) -> bool:
+    """Whether a trainer's `__init__`, or that which it inherits, names an argument.
+
+    True where no source says so.
+    """
+    module, _, trainer = trainer_target.partition(":")
+    found = find_class(module, trainer)
+    init = _init_of(*found) if found else None
+    if init is None:
+        return True
+    return any(each.arg == argument for each in (*init.posonlyargs, *init.args, *init.kwonlyargs))
+
+
+def _init_of(source: Source, cls: ast.ClassDef) -> ast.arguments | None:
+    for node in cls.body:
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            return node.args
+    found = (find_expression(source, base) for base in cls.bases)
+    return next((init for each in found if each and (init := _init_of(*each))), None)
+
+
 def _find_config(trainer_target: str) -> Found:
     module, _, trainer = trainer_target.partition(":")
     found = find_class(module, trainer)

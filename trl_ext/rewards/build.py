@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args, get_origin
 
-from trl_ext.errors import RewardError
+from trl_ext.errors import RewardError, TrlExtError
 from trl_ext.registry import REWARDS
 from trl_ext.rewards.guard import FAILURES, raised
 
@@ -21,7 +21,7 @@ def build_rewards(entries: Sequence[Entry]) -> list[Callable[..., Any]]:
 
     Raises:
         RewardError: if an entry is neither, the arguments do not fit, or a factory raises; with
-            the signature.
+            the signature. A factory's own `TrlExtError` is raised as it is.
         UnknownNameError: if nothing has that name.
         PluginError: if it cannot be imported.
     """
@@ -122,7 +122,7 @@ def _check_arguments(factory: Callable[..., Any], name: str, arguments: dict[str
 def _made(factory: Callable[..., Any], name: str, arguments: dict[str, Any]) -> Any:
     try:
         return factory(**arguments)
-    except RewardError:
+    except TrlExtError:
         raise
     except FAILURES as error:  # a user's factory may fail in any way
         raise RewardError(

@@ -84,12 +84,13 @@ def check_reference_can_be_had(
         )
 
 
-def show_tokenizer(reward_funcs: Iterable[Any], tokenizer: Any) -> None:
-    """Hand the policy's tokenizer to the rewards that check it against their own models'.
+def show_policy(reward_funcs: Iterable[Any], model: Any, tokenizer: Any) -> None:
+    """Hand the policy and its tokenizer to the rewards that check them against their own models.
 
-    That is what the method `check_tokenizer` of a reward object is for.
+    That is what the methods `check_policy` and `check_tokenizer` of a reward object are for.
     """
     for reward_func in reward_funcs:
-        check = getattr(reward_func, "check_tokenizer", None)
-        if check is not None:
-            check(tokenizer)
+        for name, shown in (("check_policy", model), ("check_tokenizer", tokenizer)):
+            check = getattr(reward_func, name, None)
+            if check is not None:
+                check(shown)

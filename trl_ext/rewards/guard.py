@@ -60,6 +60,7 @@ def guarded(reward_func: Any, name: str, timeout: float | None = None) -> Any:
     wrapper.checked = checked
     wrapper.asks_for = asked_for(reward_func)
     wrapper.check_tokenizer = getattr(reward_func, "check_tokenizer", None)
+    wrapper.check_policy = getattr(reward_func, "check_policy", None)
     wrapper.__name__ = name
     wrapper.__doc__ = reward_func.__doc__
     return wrapper
@@ -223,12 +224,15 @@ def _explained(name: str, failure: BaseException, where: str) -> RewardError:
 
 
 def raised(failure: BaseException) -> str:
-    """An exception's type and message, also where its own code cannot write the message."""
+    """An exception's type and message, without a full stop, within a sentence.
+
+    Also where its own code cannot write the message.
+    """
     try:
         message = str(failure)
     except Exception as second:
         message = f"(its message cannot be written: {type(second).__name__})"
-    return f"{type(failure).__name__}: {message}"
+    return f"{type(failure).__name__}: {message}".rstrip(".")
 
 
 def _culprit(index: int, prompts: list, completions: list) -> str:

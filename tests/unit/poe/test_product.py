@@ -1,10 +1,24 @@
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    RwkvConfig,
+    RwkvForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from tests.tiny import save_byte_llama
@@ -177,11 +191,10 @@ def test_which_adapter_is_active_makes_no_difference_and_stays(adapted):
     adapted.set_adapter("y")
     assert torch.equal(product.log_probs(PADDED, MASK), before)
     assert adapted.active_adapters == ["y"]
+    base = product.expert_log_probs(PADDED, MASK)["base"]
     with adapted.disable_adapter():
-        torch.testing.assert_close(
-            product.expert_log_probs(PADDED, MASK)["base"][MASK > 0],
-            adapted(PADDED, attention_mask=MASK).logits.log_softmax(-1)[MASK > 0],
-        )
+        own = adapted(PADDED, attention_mask=MASK).logits.log_softmax(-1)
+    torch.testing.assert_close(base[MASK > 0], own[MASK > 0])
 
 
 CORPUS = [[3, 4, 5, 3, 4, 6], [3, 4, 5, 5, 9], [11, 12, 4, 21]]
@@ -355,6 +368,77 @@ def test_gradients_reach_an_expert_through_forward(one, other):
     assert not product.log_probs(PADDED).requires_grad
 
 
+def naive(product: ProductOfExperts, prompt: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Greedy tokens, the whole text read anew for each."""
+    for _ in range(tokens):
+        next_one = product.log_probs(prompt)[:, -1:].argmax(-1)
+        prompt = torch.cat([prompt, next_one], dim=1)
+    return prompt
+
+
+@pytest.mark.parametrize("how", ["prompt_lookup_num_tokens", "assistant_model"])
+def test_guesses_of_an_assistant_that_were_wrong_are_forgotten(one, other, adapted, how):
+    experts = {"x": Adapter(adapted, "x"), "base": Adapter(adapted), "other": other}
+    product = ProductOfExperts({**experts, "c": NGramExpert.fit(CORPUS, **COUNTED)}, [0.25] * 4)
+    prompt = torch.tensor([[3, 4, 5, 3, 4, 5, 3, 4]])
+    guess = {"prompt_lookup_num_tokens": 3, "assistant_model": one}[how]
+    out = product.generate(
+        prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, **{how: guess}
+    )
+    assert torch.equal(out, naive(product, prompt, 12))
+
+
+def test_threads_take_turns_with_one_peft_model(adapted):
+    products = [
+        ProductOfExperts([Adapter(adapted), Adapter(adapted, name)], [0.2, 0.8]) for name in "xy"
+    ]
+    alone = [generate(product, do_sample=False) for product in products]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            both = pool.map(lambda product: product.generate(**PROMPTS, do_sample=False), products)
+            assert all(torch.equal(one, other) for one, other in zip(both, alone, strict=True))
+
+
+def test_a_model_without_a_cache_in_a_padded_batch(one):
+    shape = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    torch.manual_seed(8)
+    model: Any = OpenAIGPTLMHeadModel(OpenAIGPTConfig(**shape, initializer_range=0.5)).eval()
+    product = ProductOfExperts({"it": model, "one": one}, [0.8, 0.2])
+    out = generate(product, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for row, mask in zip(out, MASK.bool(), strict=True):
+        alone = naive(product, row[:5][mask][None], 9)
+        assert torch.equal(row[-9:], alone[0, -9:])
+
+
+def test_log_z_of_weights_by_entropy_beside_a_reward(one):
+    reward = torch.linspace(-2, 2, VOCABULARY)
+    product = ProductOfExperts([one, TokenReward(reward)], EntropyWeights([0.5, 0.5]))
+    own = one(PADDED, attention_mask=MASK).logits.log_softmax(-1)
+    normalised = [own, reward.log_softmax(-1).expand_as(own)]
+    priors = torch.full((2,), math.log(VOCABULARY))
+    weights = entropy_weights(normalised, torch.tensor([0.5, 0.5]), priors)
+    expected = weighted_scores([own, reward.expand_as(own)], weights).logsumexp(-1)
+    log_z = product.log_z(PADDED, MASK)
+    torch.testing.assert_close(log_z[MASK > 0], expected[MASK > 0], atol=1e-5, rtol=1e-4)
+
+
+def test_what_generate_may_be_asked_to_return_and_to_leave_out(one, other):
+    product = ProductOfExperts([one, other], [0.5, 0.5])
+    full = generate(
+        product,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        output_attentions=True,
+        output_hidden_states=True,
+    )
+    assert len(full.logits) == full.sequences.size(1) - 5
+    first = llama(1)
+    first.generation_config.use_cache = False
+    without = ProductOfExperts([first, other], [0.5, 0.5])
+    assert torch.equal(generate(without, do_sample=False), full.sequences)
+
+
 def broken() -> LlamaForCausalLM:
     model = llama(7)
     with torch.no_grad():
@@ -372,6 +456,7 @@ def tokenizer_with(*tokens: str):
 
 SAME = tokenizer_with("a", "b", "c")
 SCHEDULE: Any = abs
+NOTHING: Any = None
 
 
 @pytest.mark.parametrize(
@@ -394,6 +479,15 @@ SCHEDULE: Any = abs
         ({"a": llama(1), "b": llama(2).half()}, [1, 1], {}, "'b' has the dtype torch.float16"),
         ({"a": llama(1), "b": llama(2).to("meta")}, [1, 1], {}, "'b' has the device meta"),
         ({"a": 3}, [1.0], {}, "'a' is a int"),
+        (llama(1), [1.0], {}, "experts is a LlamaForCausalLM"),
+        (None, [1.0], {}, "experts is a NoneType"),
+        ({"a": llama(1)}, 1.0, {}, "weights is 1.0; it must be a mapping"),
+        ({"a": llama(1)}, EntropyWeights(NOTHING), {}, "weights is None; it must be a mapping"),
+        ({"a": llama(1)}, [1e38], {}, "at most 1e+06 in size, got a=1e+38"),
+        ({"a": llama(1)}, [lambda positions: NOTHING], {}, "its schedule gave None"),
+        ({"a": llama(1)}, [lambda positions: positions * 1j], {}, "its schedule gave tensor"),
+        ({"a": llama(1)}, EntropyWeights([1.0], {"a": math.nan}), {}, "entropy of the expert 'a'"),
+        ({"a": llama(1)}, [1.0], {"plausibility": "0.1"}, "plausibility='0.1' must be greater"),
         ({"a": Adapter(llama(1), "x")}, [1.0], {}, "Adapter of a LlamaForCausalLM"),
         ({"a": llama(1).model}, [1.0], {}, "no head over a vocabulary"),
         ({"a": TokenReward(torch.zeros(3, 3))}, [1.0], {}, "must be (V,)"),
@@ -432,10 +526,22 @@ def test_padded_vocabularies_of_one_tokenizer_fit(one):
     assert generate(product, do_sample=True).max() < VOCABULARY
 
 
+IA3 = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+
+
+def with_biases(model: PeftModel) -> Adapter:
+    """The base, whose biases an adapter has replaced."""
+    model.add_adapter("z", LoraConfig(target_modules=["o_proj"], bias="all"))
+    return Adapter(model)
+
+
 @pytest.mark.parametrize(
     "adapter, said",
     [
         (lambda m: Adapter(m, "z"), "does not have. It has: x, y"),
+        (with_biases, "adapter 'z' is trained with bias='all'"),
+        (lambda m: get_peft_model(llama(1), IA3), "'default' is of the kind IA3"),
+        (lambda m: Adapter(get_peft_model(llama(1), IA3)), "'default' is of the kind IA3"),
         (lambda m: m.get_base_model(), "a model with adapters inside"),
     ],
 )
@@ -446,11 +552,56 @@ def test_adapters_that_are_refused(adapted, adapter, said):
 
 def test_merged_adapters_and_dora_are_refused(adapted):
     dora = get_peft_model(llama(1), LoraConfig(use_dora=True, target_modules=["q_proj"]))
-    with pytest.raises(ConfigError, match="kind DoRA; only LoRA"):
+    with pytest.raises(ConfigError, match="kind DoRA; only plain LoRA"):
         ProductOfExperts({"d": dora}, [1.0])
     adapted.merge_adapter()
     with pytest.raises(ConfigError, match="unmerge_adapter"):
         ProductOfExperts({"x": Adapter(adapted, "x")}, [1.0])
+
+
+def test_two_peft_models_around_one_base_are_refused():
+    base, lora = llama(1), LoraConfig(target_modules=["q_proj"])
+    with pytest.warns(UserWarning, match="second time"):
+        experts = {"1": get_peft_model(base, lora), "2": get_peft_model(base, lora)}
+    with pytest.raises(ConfigError, match="'2' is a second PeftModel around one model"):
+        ProductOfExperts(experts, [0.5, 0.5])
+
+
+def test_a_peft_model_that_was_changed_behind_the_products_back(adapted):
+    product = ProductOfExperts([Adapter(adapted), Adapter(adapted, "x")], [0.5, 0.5])
+    with adapted.disable_adapter(), pytest.raises(RunError, match="its adapters disabled"):
+        product.log_probs(PADDED)
+    adapted.train()
+    with pytest.raises(RunError, match=r"training mode.*product.eval\(\) first"):
+        product.log_probs(PADDED)
+    product.eval()
+    adapted.merge_adapter(["x"])
+    with pytest.raises(RunError, match="merged into it"):
+        product.log_probs(PADDED)
+
+
+def test_adapters_that_cannot_share_a_batch_are_found_before_they_are_used():
+    lora = {"target_modules": ["q_proj"], "init_lora_weights": False}
+    model = get_peft_model(llama(1), LoraConfig(**lora, modules_to_save=["lm_head"]), "x")
+    model.add_adapter("y", LoraConfig(**lora))
+    with pytest.raises(ConfigError, match="'x, y' cannot score a text: KeyError"):
+        ProductOfExperts({"x": Adapter(model, "x"), "y": Adapter(model, "y")}, [0.5, 0.5])
+
+
+def test_models_that_look_ahead_or_at_padding():
+    sizes: Any = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "intermediate_size": 16, "initializer_range": 0.5}
+    torch.manual_seed(9)
+    with pytest.raises(ConfigError, match="'bert' looks ahead"):
+        ProductOfExperts({"bert": BertForMaskedLM(BertConfig(**sizes, **heads))}, [1.0])
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, d_model=16, num_layers=1))
+    with pytest.raises(ConfigError, match="'t5' is an encoder-decoder model"):
+        ProductOfExperts({"t5": t5}, [1.0])
+    recurrent = RwkvForCausalLM(RwkvConfig(**sizes, context_length=32)).eval()
+    product = ProductOfExperts({"rwkv": recurrent}, [1.0])
+    assert product.log_probs(PADDED[1:2]).isfinite().all()
+    with pytest.raises(RunError, match="RwkvForCausalLM reads padding as text"):
+        product.log_probs(PADDED, MASK)
 
 
 def test_an_expert_that_gives_nan_is_named(one):
@@ -472,6 +623,11 @@ def test_an_expert_that_gives_nan_is_named(one):
         (lambda p: p.log_probs(PADDED, MASK[:, :3]), "attention_mask is (3, 3) for tokens (3, 5)"),
         (lambda p: p.log_probs(PADDED.to("meta")), "input_ids are on meta and the experts on cpu"),
         (lambda p: p.generate(), "generate needs input_ids"),
+        (lambda p: p.generate({"input_ids": PADDED}), "Unpack what a tokenizer returns"),
+        (lambda p: p.log_probs(PADDED[:0]), "B and T at least 1, got torch.int64 (0, 5)"),
+        (lambda p: p.log_probs(PADDED[:, :0]), "B and T at least 1, got torch.int64 (3, 0)"),
+        (lambda p: p.generate(PADDED, past_key_values=DynamicCache()), "is a DynamicCache"),
+        (lambda p: p.generate(PADDED, cache_implementation="static"), "'static' is not for a prod"),
         (lambda p: p.save_pretrained("somewhere"), "no weights of its own to save"),
     ],
 )
@@ -491,11 +647,24 @@ def test_products_that_leave_nothing(one):
         ProductOfExperts([one, TokenReward(one_less)], [1.0, -0.5]).log_probs(PADDED)
 
 
+def test_prompt_lengths_and_rewards_of_a_wrong_shape(one):
+    product = ProductOfExperts([one, one], [1.0, lambda positions: 0.5])
+    lengths: Any = [1, 2, 3]
+    with pytest.raises(ConfigError, match=r"must be a tensor \(3,\), one length a row"):
+        product.log_probs(PADDED, prompt_lengths=lengths)
+    wide = TokenReward(lambda ids, mask: torch.zeros(*ids.shape, VOCABULARY + 1))
+    with pytest.raises(RunError, match="'1' scores 24 tokens, and the experts share 23"):
+        ProductOfExperts([one, wide], [1.0, 1.0]).log_probs(PADDED)
+    none: Any = TokenReward(lambda ids, mask: NOTHING)
+    with pytest.raises(RunError, match="returned a NoneType for tokens"):
+        ProductOfExperts([one, none], [1.0, 1.0]).log_probs(PADDED)
+
+
 def test_a_schedule_that_sums_to_nothing_or_fits_no_position(one, other):
     def fading(positions):
         return 1 - positions.float() / 3
 
     with pytest.raises(ConfigError, match="sum to nothing: the weights at position 3"):
         generate(ProductOfExperts([one, other], [fading, 0.0]), eos_token_id=None)
-    with pytest.raises(ConfigError, match=r"schedule gave \(2,\)"):
+    with pytest.raises(ConfigError, match=r"schedule gave \[1.0, 2.0\]"):
         generate(ProductOfExperts([one, other], [1.0, lambda positions: [1.0, 2.0]]))
