@@ -96,6 +96,12 @@ def test_alpha_sets_beta(tmp_path, caplog, of):
     assert again.beta == pytest.approx(1 / 0.3)
 
 
+@pytest.mark.parametrize("weights", [None, [1.0], [1], [1.0, 0.5]])
+def test_weights_that_leave_alpha_its_meaning(tmp_path, weights):
+    """Which of several rewards is the log-ratio is not known here."""
+    assert config(tmp_path, ReinforceConfig, poe_alpha=0.5, reward_weights=weights).beta == 2.0
+
+
 @pytest.mark.parametrize(
     ("of", "options", "says"),
     [
@@ -117,6 +123,11 @@ def test_alpha_sets_beta(tmp_path, caplog, of):
             "kl_controller='adaptive' moves beta",
         ),
         (ReinforceConfig, {"poe_alpha": 0.5, "kl_placement": "none"}, "leaves no penalty"),
+        (
+            ReinforceConfig,
+            {"poe_alpha": 0.5, "reward_weights": [2.0]},
+            "poe_alpha: reward_weights=[2.0] multiplies the only reward, so that 0.5 times 2.0",
+        ),
     ],
 )
 def test_an_alpha_that_cannot_lead_to_its_product_is_refused(tmp_path, of, options, says):

@@ -96,10 +96,10 @@ class OverTokens:
             shared = next((id(t) for t in tensors_of(model.expert) if id(t) in trained), None)
             if shared is not None:
                 raise ConfigError(
-                    f"{self.__name__}: {model.name} shares weights with the policy that train "
-                    f"({trained[shared]} is the first), and would move along. Give its path, or "
-                    "load it separately: from_pretrained(...) once more. The base of an adapter "
-                    "that trains may be shared: Adapter(peft_model, None)."
+                    f"{self.__name__}: {model.name} shares weights with the policy "
+                    f"({trained[shared]} is the first), and would move as it trains. Give its "
+                    "path, or load it separately: from_pretrained(...) once more. Where only an "
+                    "adapter trains, its base may be shared: Adapter(peft_model, None)."
                 )
 
     def prompt_ids_of(self, prompts: list, prompt_ids: TokenIds | None) -> TokenIds:

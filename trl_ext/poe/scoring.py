@@ -153,9 +153,9 @@ def check_expert(name: str, expert: Any) -> None:
     if not hasattr(expert, "token_log_probs") and not hasattr(expert, "log_probs"):
         given = "None" if expert is None else f"a {type(expert).__name__}"
         raise ConfigError(
-            f"{name} is {given}. An expert is a causal language model, a "
-            "PeftModel, an Adapter, or an object with token_log_probs(input_ids, attention_mask) "
-            "-> (B, T) or log_probs(input_ids, attention_mask) -> (B, T, V)."
+            f"{name} is {given}. An expert is a causal language model, a PeftModel, an "
+            "Adapter, the path or hub id of one, or an object with token_log_probs(input_ids, "
+            "attention_mask) -> (B, T) or log_probs(input_ids, attention_mask) -> (B, T, V)."
         )
 
 

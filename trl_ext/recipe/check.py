@@ -19,7 +19,6 @@ from trl_ext.recipe.schema import (
     Fields,
     class_fields,
     config_fields,
-    takes_argument,
 )
 from trl_ext.recipe.values import WrongValue, convert, takes_null
 from trl_ext.recipe.yaml_reader import Entries, Entry
@@ -238,16 +237,16 @@ def check_rewards(
 
 
 def check_takes_rewards(
-    trainer_target: str, values: dict[str, Any], entries: Entries, findings: list[Finding]
+    takes_rewards: bool, values: dict[str, Any], entries: Entries, findings: list[Finding]
 ) -> None:
     """Rewards for a trainer that has no use for them."""
-    if takes_argument(trainer_target, "reward_funcs"):
+    if takes_rewards:
         return
     for key in ("reward_funcs", "reward_model_name_or_path"):
         if values.get(key):
             message = (
                 f"got {show_value(values[key])}, and trainer: {entries['trainer'].value} takes no "
-                "reward. Remove it, or use another trainer."
+                f"{key}. Remove it, or use another trainer."
             )
             findings.append(Finding(entries[key].origin, key, message))
 

@@ -29,6 +29,7 @@ from trl_ext.recipe.schema import (
     class_fields,
     config_fields,
     refused_options,
+    takes_argument,
 )
 from trl_ext.recipe.secrets import is_secret
 from trl_ext.recipe.shipped import find_recipe
@@ -129,7 +130,8 @@ def _check(file: Path, entries: Entries, recipe: Origin, findings: list[Finding]
     where = check_launcher(launcher, entries, findings)
     if "config" in groups:
         check_refused(refused_options(target), groups["config"], values, entries, findings)
-        check_takes_rewards(target, values, entries, findings)
+        takes_rewards = takes_argument(target, "reward_funcs")
+        check_takes_rewards(takes_rewards, values, entries, findings)
         check_reward_count(groups["config"], values, entries, findings)
         check_kl(groups["config"], values, entries, recipe, findings)
         check_alpha(refused_options(target), groups["config"], values, entries, findings)

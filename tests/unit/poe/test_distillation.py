@@ -19,6 +19,8 @@ from trl_ext.oracle import tabular_tokenizer
 from trl_ext.poe import Adapter, NGramExpert, ProductOfExperts
 from trl_ext.recipe import read_recipe
 
+NONE = object()  # a dataset that is None
+
 
 def shaken(path: str, seed: int) -> LlamaForCausalLM:
     """Another model of the same shape."""
@@ -69,6 +71,7 @@ def make(tmp_path, student, product):
         )
         args = PoEDistillationConfig(str(tmp_path / "out"), **settings)
         data = prompts() if train_dataset is None else train_dataset
+        data = None if data is NONE else data
         return PoEDistillationTrainer(
             model or student, experts, args, data, eval_dataset, **(more or {})
         )
@@ -312,6 +315,12 @@ REFUSED = {
         "gradient_accumulation_steps x processes): no step could be taken. Give more prompts, or a "
         "smaller batch.",
     ),
+    "no dataset": (
+        {"train_dataset": NONE},
+        DataError,
+        "PoEDistillationTrainer needs a train_dataset, got None. Give a datasets.Dataset with the "
+        "column 'prompt'.",
+    ),
     "no prompts": (
         {"train_dataset": Dataset.from_dict({"text": ["a"]})},
         DataError,
@@ -404,6 +413,7 @@ def test_the_divergence_sets_trls_beta(tmp_path, options, beta):
     assert args.beta == beta
 
 
+TEMPERATURE = "it must be a number greater than 0: the student samples, and both distributions are "
 EXPERTS = {"experts": {"base": "some/model", "style": "some/other"}}
 WRONG_OPTIONS = [
     (
@@ -443,6 +453,8 @@ WRONG_OPTIONS = [
         "plausibility: got 0.1, which gives tokens probability 0, and KL(student‖product), "
         "divergence: reverse_kl, is then infinite. Use divergence: forward_kl or jsd.",
     ),
+    ({"temperature": 0.0}, f"temperature: got 0.0; {TEMPERATURE}compared, at it."),
+    ({"temperature": "1"}, f"temperature: got '1'; {TEMPERATURE}compared, at it."),
     ({"experts": ["a"]}, "experts: got a list; it must map names to paths or hub ids."),
     (
         {"experts": {}, "expert_weights": {}},
@@ -583,6 +595,16 @@ FINDINGS = [
     (("divergence: forward_kl", "divergence: kl"), [9], "divergence: got 'kl'; allowed"),
     (("divergence: forward_kl", "jsd_weight: 0.5"), [9], "jsd_weight: got 0.5, which does nothing"),
     (("divergence: forward_kl", "plausibility: 0.5"), [9], "plausibility: got 0.5, which gives"),
+    (
+        ("divergence: forward_kl", "reward_funcs: [exact_match]"),
+        [9],
+        "reward_funcs: got ['exact_match'], and trainer: poe_distillation takes no reward_funcs.",
+    ),
+    (
+        ("divergence: forward_kl", "reward_model_name_or_path: some/model"),
+        [9],
+        "reward_model_name_or_path: got 'some/model', and trainer: poe_distillation takes no",
+    ),
 ]
 
 
@@ -624,6 +646,43 @@ def test_a_run_does_not_replace_its_own_expert(tmp_path, folders):
     for file in ("recipe.yaml", "environment.json"):  # what marks a run
         (tmp_path / "out" / file).touch()
     recipe = write(tmp_path, folders, ("style: " + folders["style"], f"style: {expert}"))
-    with pytest.raises(RunError, match="would remove experts.style .*, which lies in the output"):
+    with pytest.raises(RunError, match=r"would remove experts.style .*, which lies in the output"):
         train(read_recipe(recipe), overwrite=True)
     assert expert.is_dir()
+
+
+REWARDS_OF_RUNS = {
+    "reward_funcs.0.expert": "reward_funcs: [{{name: log_ratio, expert: {path}}}]",
+    "reward_funcs.1.reward.model": (
+        "reward_funcs: [exact_match, {{name: minus_reference, reward: {{name: reward_model, "
+        "model: {path}}}}}]"
+    ),
+    "reward_funcs.0.expert.ngram": (
+        "reward_funcs: [{{name: log_ratio, expert: {{ngram: {path}}}, tokenizer: x}}]"
+    ),
+    "reward_model_name_or_path": "reward_model_name_or_path: {path}",
+}
+
+
+@pytest.mark.parametrize("key", REWARDS_OF_RUNS)
+def test_a_run_does_not_replace_what_its_rewards_are_made_of(tmp_path, key):
+    out = tmp_path / "out"
+    out.mkdir()
+    for file in ("recipe.yaml", "environment.json", "kept"):  # the first two mark a run
+        (out / file).touch()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"trainer: reinforce\noutput_dir: {out}\nmodel_name_or_path: some/model\n"
+        f"dataset_name: char_reverse\n{REWARDS_OF_RUNS[key].format(path=out / 'kept')}\n"
+    )
+    with pytest.raises(RunError, match=f"would remove {key} '.*kept', which lies in the output"):
+        train(read_recipe(recipe), overwrite=True)
+    assert (out / "kept").is_file()
+
+
+def test_a_broken_expert_does_not_break_the_student(make, student):
+    broken = shaken(student, 1)
+    broken.model.embed_tokens.weight.data[2:] = torch.nan
+    experts = {"broken": broken, "b": shaken(student, 2)}
+    with pytest.raises(RunError, match="The expert 'broken' gives NaN or infinite"):
+        make(experts=ProductOfExperts(experts, [0.5, 0.5]), max_steps=1).train()

@@ -306,12 +306,14 @@ def test_vocabularies_are_compared_where_both_are_known(expert, tmp_path):
             {},
             r"expert 'no/such/model' cannot be opened at .* An expert is a hub id",
         ),
-        (3, {}, r"the int is a int. An expert is a causal language model"),
+        (3, {}, r"^The expert is a int. An expert is a causal language model"),
+        (None, {}, r"^The expert is None. An expert is a causal language model"),
         ({"ngram": "c.txt"}, {}, r"is counted in tokens. Give tokenizer: the policy's path"),
         ({"bigram": "c.txt"}, {}, r"must be a mapping with ngram or naive_bayes"),
         ({"ngram": "c.txt", "window": 2}, {}, r"'window' is none of these"),
         ("no/such/model", {"tokenizer": "no/tokenizer"}, r"tokenizer 'no/tokenizer' cannot be"),
         (Says(0.0), {"batch_size": 0}, r"batch_size is 0; it must be a whole number from 1 on"),
+        (Says(0.0), {"per_token": "yes"}, r"per_token is 'yes'; it must be true or false"),
     ],
 )
 def test_what_cannot_be_opened_is_said_when_the_reward_is_made(expert, options, says):
@@ -384,6 +386,8 @@ def test_minus_reference_passes_on_what_its_reward_asks_for():
     assert reward.asks_for == {"prompt_ids", "ref_per_token_logps"}
     empty = reward(["a"], [""], [[]], prompt_ids=[[1]], ref_per_token_logps=[[]], answer=["x"])
     assert empty == [1.0], "no token to lay it on"
+    summed = minus_reference(count_a, per_token=False)
+    assert summed(["a"], ["a"], [[]], prompt_ids=[[1]], ref_per_token_logps=[[]]) == [0.25]
     assert seen == [([[1]], ["x"], True)]
     assert minus_reference(count_a, reference=Says(-1.0)).asks_for == {"prompt_ids"}
 
@@ -451,6 +455,38 @@ def test_a_token_model_gives_a_number_a_token(policy, tmp_path):
         reward_model(save_classifier(tmp_path, policy, LlamaForTokenClassification, labels=2))
     with pytest.raises(ConfigError, match="reward model 'no/such' cannot be opened"):
         reward_model("no/such")
+    for nothing in (None, 3):
+        with pytest.raises(ConfigError, match=f"reward model is {nothing}; it must be a classif"):
+            reward_model(nothing)
+
+
+def test_a_reward_model_without_a_trained_head_is_refused(policy, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    model.config.num_labels = 1
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"has no score.weight among its weights, and would judg"):
+        reward_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["log_ratio", "minus_reference", "reward_model"])
+def test_plain_trl_takes_no_numbers_of_tokens(policy, expert, tmp_path, name):
+    args = GRPOConfig(str(tmp_path / "out"), **SMALL)
+    model = save_classifier(tmp_path, policy, LlamaForTokenClassification)
+    reward, instead = {
+        "log_ratio": (log_ratio(expert, reference=policy), "Set per_token: false"),
+        "minus_reference": (minus_reference(count_a, reference=policy), "Set per_token: false"),
+        "reward_model": (reward_model(model), "Take one for sequence classification"),
+    }[name]
+    says = rf"gives one number a token, .* one a completion: it is not one of trl_ext. {instead}"
+    with pytest.raises(RewardError, match=says):
+        GRPOTrainer(policy, reward, args, prompts()).train()
+
+
+def test_plain_trl_trains_on_a_sum_of_what_is_given_token_by_token(policy, expert, tmp_path):
+    inner = log_ratio(expert, reference=policy)
+    args = GRPOConfig(str(tmp_path), **SMALL)
+    reward = minus_reference(inner, reference=policy, per_token=False)
+    GRPOTrainer(policy, reward, args, prompts()).train()
 
 
 def test_plain_trl_trains_on_the_sum(policy, expert, tmp_path):
@@ -486,3 +522,70 @@ def test_an_adapter_policy_trains_on_dense_log_ratios(policy, expert, tmp_path):
     logs = [log for log in trainer.state.log_history if "kl/sequence" in log]
     assert logs[0]["kl/sequence"] == pytest.approx(0.0, abs=1e-6)
     assert any(log["grad_norm"] > 0 for log in logs)
+
+
+def two_adapters(policy: str) -> Any:
+    """One base: the adapter "default" to train, and "other", which moves the base's outputs."""
+    torch.manual_seed(1)
+    lora: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    adapted: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(policy), LoraConfig(**lora))
+    adapted.add_adapter("other", LoraConfig(init_lora_weights=False, **lora))
+    return adapted
+
+
+# Name -> the reward of the policy and another model, and what is shared first.
+MOVING: dict[str, tuple[Any, str]] = {
+    "the policy": (lambda policy, _: log_ratio(policy), r"the LlamaForCausalLM"),
+    "a reference": (lambda policy, other: log_ratio(other, reference=policy), r"LlamaForCausalLM"),
+    "a member": (
+        lambda policy, other: log_ratio(ProductOfExperts([policy, other], [1, 1])),
+        r"the ProductOfExperts",
+    ),
+    "an inner reward's": (lambda policy, _: minus_reference(log_ratio(policy)), r"log_ratio: the"),
+}
+MOVING_ADAPTERS: dict[str, tuple[Any, str]] = {
+    "the policy": (lambda policy: log_ratio(policy), r"the PeftModel"),
+    "its adapter": (lambda policy: log_ratio(Adapter(policy, "default")), r"the Adapter"),
+    "what holds it": (lambda policy: log_ratio(policy.get_base_model()), r"the LlamaForCausalLM"),
+}
+
+
+def assert_moves(trained: Any, reward: Any, folder: Any, says: str, **more: Any) -> None:
+    """It would move along: its ratio with the reference would be the policy's own."""
+    advice = r"would move as it trains\. Give its path, or load it separately: from_pretrained"
+    with pytest.raises(ConfigError, match=rf"{says}.* is the first\), and {advice}"):
+        ReinforceTrainer(trained, reward, ReinforceConfig(str(folder), **SMALL), prompts(), **more)
+
+
+@pytest.mark.parametrize("case", MOVING)
+def test_an_expert_that_is_the_policy_is_refused(policy, expert, tmp_path, case):
+    reward, says = MOVING[case]
+    model, other = (AutoModelForCausalLM.from_pretrained(path) for path in (policy, expert))
+    assert_moves(model, reward(model, other), tmp_path, rf"{says}.*\(model.embed_tokens.weight")
+
+
+@pytest.mark.parametrize("case", MOVING_ADAPTERS)
+def test_an_expert_with_the_adapter_that_trains_is_refused(policy, tmp_path, case):
+    reward, says = MOVING_ADAPTERS[case]
+    adapted = two_adapters(policy)
+    assert_moves(adapted, reward(adapted), tmp_path, rf"{says}.*lora_A.default")
+
+
+def test_an_expert_into_which_the_trainer_puts_its_adapter_is_refused(policy, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    assert_moves(model, log_ratio(model), tmp_path, r".*lora_A.default", peft_config=lora)
+
+
+@pytest.mark.parametrize("name", [None, "other"])
+def test_an_expert_may_share_the_base_of_the_adapter_that_trains(policy, expert, tmp_path, name):
+    adapted = two_adapters(policy)
+    reward = log_ratio(Adapter(adapted, name), reference=expert)
+    args = ReinforceConfig(str(tmp_path), learning_rate=0.01, **SMALL)
+    trainer = ReinforceTrainer(adapted, reward, args, prompts())
+    weights = {key: value.clone() for key, value in adapted.named_parameters()}
+    before = reward(**BATCH)
+    trainer.train()
+    assert reward(**BATCH) == before
+    moved = [k for k, value in adapted.named_parameters() if not torch.equal(value, weights[k])]
+    assert moved and all(".default." in key for key in moved)

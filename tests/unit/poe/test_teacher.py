@@ -293,3 +293,16 @@ def test_images_are_refused():
     teacher = ProductTeacher(ProductOfExperts([model(1)], [1.0]))
     with pytest.raises(RunError, match="reads text only, and the batch has pixel_values"):
         teacher.base_model(IDS, MASK, KEEP, pixel_values=torch.zeros(1))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_expert_whose_states_are_not_numbers_is_named(value):
+    one, other = model(1), model(2)
+    teacher = ProductTeacher(ProductOfExperts({"whole": one, "broken": other}, [0.5, 0.5]))
+    assert teacher.is_linear
+    other.model.embed_tokens.weight.data[10] = value
+    teacher.base_model(IDS, MASK, KEEP)
+    ids = IDS.clone()
+    ids[1, 3] = 10
+    with pytest.raises(RunError, match=r"expert 'broken' gives NaN .* in row 1 of the batch"):
+        teacher.base_model(ids, MASK, KEEP)

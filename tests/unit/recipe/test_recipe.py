@@ -451,6 +451,10 @@ def test_alpha_is_checked_with_the_rest(write):
         recipe = read_recipe("r.yaml")
         assert recipe.values["poe_alpha"] == 0.5
         assert recipe.defaults()["beta"] == 2.0, "as `show --defaults` has it"
+    rewards = "reward_funcs: [exact_match]\nreward_weights: [2.0]\n"
+    write("r.yaml", f"trainer: reinforce\n{least}{rewards}", least=False)
+    with pytest.raises(ConfigError, match=r"r.yaml:5: poe_alpha: reward_weights=\[2.0\] multipl"):
+        read_recipe("r.yaml")
 
 
 def test_alpha_counts_as_beta_where_penalties_are_checked(write):

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from trl_ext.errors import RewardError
+from trl_ext.errors import DataError, RewardError
 
 not_a_function = 3
 
@@ -40,6 +40,10 @@ def exits():
 
 def refuses():
     raise RewardError("no such words")
+
+
+def reads(path: str):
+    raise DataError(f"There is no file {path!r}.")
 
 
 def measured(unit: Literal["letters", "words"] = "letters"):

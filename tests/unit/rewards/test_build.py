@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from trl_ext.errors import PluginError, RewardError, UnknownNameError
+from trl_ext.errors import ConfigError, DataError, PluginError, RewardError, UnknownNameError
 from trl_ext.rewards import build_rewards
 
 HERE = "rewards_to_load"
@@ -90,8 +90,11 @@ def test_an_async_function_stays_async():
             RewardError,
             r"breaks' was called as a factory.*given \(path: 'w'\), and raised OSError: no w",
         ),
+        ({"name": f"{HERE}:breaks", "path": "w."}, RewardError, r"OSError: no w\. Correct"),
         (f"{HERE}:exits", RewardError, r"given \(none\), and raised SystemExit: 0"),
         (f"{HERE}:refuses", RewardError, "^no such words$"),
+        ({"name": "log_ratio", "expert": None}, ConfigError, "^The expert is None. An expert is"),
+        ({"name": f"{HERE}:reads", "path": "w"}, DataError, "^There is no file 'w'.$"),
     ],
 )
 def test_mistakes(entry, error, says):
