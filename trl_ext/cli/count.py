@@ -13,10 +13,13 @@ import argparse
 import os
 import time
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
+from trl_ext.cli.generate_inputs import BASE, PRODUCT
 from trl_ext.cli.numbers import count, positive
 from trl_ext.errors import ConfigError
+from trl_ext.poe.counted_files import check_no_model, check_pseudo_count
 
 if TYPE_CHECKING:
     from trl_ext.poe.counted import CountedExpert
@@ -30,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "corpus",
         metavar="CORPUS",
-        help="a text file (one text a line), a .jsonl, .json, .parquet or .csv file, the folder of "
-        "a dataset, or pydoc: the prose of Python's own language reference",
+        help="a text file or pipe (one text a line), a .jsonl, .json, .parquet or .csv file, the "
+        "folder of a dataset, or pydoc: the prose of Python's own language reference",
     )
     parser.add_argument(
         "--tokenizer",
@@ -40,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the language model that it will be multiplied with: hub id, folder, bundled: name",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="where the expert goes")
-    parser.add_argument("--force", action="store_true", help="replace what DIR holds")
+    parser.add_argument(
+        "--force", action="store_true", help="replace the expert in DIR; other files stay"
+    )
     parser.add_argument(
         "--naive-bayes",
         action="store_true",
@@ -81,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
     size = _size(args)
     folder = Path(args.output)
     _check_folder(folder, args.force)
+    check_pseudo_count(args.pseudo_count)
     from trl_ext.poe.corpora import corpus_texts
 
     texts = corpus_texts(args.corpus, args.column)
@@ -122,6 +128,7 @@ def _size(args: argparse.Namespace) -> dict[str, Any]:
 
 def _check_folder(folder: Path, force: bool) -> None:
     if os.path.isdir(folder):
+        check_no_model(folder)
         if not force and any(folder.iterdir()):
             raise ConfigError(
                 f"--output {folder}: there is something in it already, which is left alone. Give "
@@ -158,19 +165,20 @@ def _save(expert: "CountedExpert", folder: Path) -> None:
 def _said(
     args: argparse.Namespace, folder: Path, texts: int, expert: "CountedExpert", seconds: float
 ) -> str:
-    tables = expert._counts.tables
-    distinct = int((expert._counts.tokens > 0).sum()) if not tables else len(tables[-1].counts)
-    what = f"pairs at distance {len(tables)}" if args.naive_bayes else f"{len(tables) + 1}-grams"
+    length = expert.context_length
+    what = f"pairs at distance {length}" if args.naive_bayes else f"{length + 1}-grams"
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     name = "".join(c if c.isalnum() else "_" for c in folder.resolve().name) or "counted"
+    if name in (BASE, PRODUCT):  # those are taken
+        name = f"{name}_counted"
     # Where an n-gram expert says nothing, a share taken from the model would flatten it.
     weights = "" if args.naive_bayes else f"--weight base=1 --weight {name}=0.3 "
     return (
         f"Counted {expert.num_tokens:,} tokens of {texts:,} texts in {seconds:.1f} s: "
-        f"{distinct:,} distinct {what}.\n"
+        f"{expert.num_distinct:,} distinct {what}.\n"
         f"{folder}: {size / 1e6:.1f} MB.\n"
         "\n"
         "Multiply it with the language model:\n"
-        f"  trl_ext generate {args.tokenizer} --expert {name}={folder} \\\n"
+        f"  trl_ext generate {quote(args.tokenizer)} --expert {quote(f'{name}={folder}')} \\\n"
         f'    {weights}--prompt "What is a class?"'
     )

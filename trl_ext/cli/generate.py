@@ -15,32 +15,30 @@ examples:
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from trl_ext.cli.generate_answers import print_likelihoods, print_rows, print_speeds
+from trl_ext.cli.generate_experts import advise, check_device, load
 from trl_ext.cli.generate_inputs import (
     BASE,
-    advise,
-    check_file,
     check_options,
     check_weights,
     expert_paths,
-    load,
+    not_utf8,
     prompts_of,
     sampling_of,
     weights_of,
 )
+from trl_ext.cli.generate_output import RowFile, check_file
 from trl_ext.cli.generate_sweep import run_sweep
-from trl_ext.cli.numbers import count, positive, share
-from trl_ext.errors import ConfigError
+from trl_ext.cli.numbers import count, share, temperature
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from trl_ext.poe.corpora import Prompt
-    from trl_ext.poe.side_by_side import Row, SideBySide
+    from trl_ext.poe.side_by_side import SideBySide
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -116,7 +114,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=count, default=64, metavar="N", help="default: 64"
     )
     sampling.add_argument(
-        "--temperature", type=positive, default=1.0, metavar="T", help="default: 1"
+        "--temperature", type=temperature, default=1.0, metavar="T", help="default: 1"
     )
     sampling.add_argument("--top-p", type=share, default=1.0, metavar="P", help="default: 1")
     sampling.add_argument("--greedy", action="store_true", help="take the likeliest token")
@@ -142,6 +140,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = prompts_of(args)
     check_file(args.output, "--output", args.force)
     check_weights(weights, args.plausibility)
+    check_device(args.device)
     product = load(args, experts, weights)
     from rich.console import Console
 
@@ -152,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     console.print(f"weights: {', '.join(f'{n} {w:g}' for n, w in weights.items())}", markup=False)
     advise(product, weights)
-    with _RowFile(args.output) as file:
+    with RowFile(args.output) as file:
         if prompts is None:
             _talk(args, side, console, file)
         else:
@@ -161,46 +160,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-class _RowFile:
-    """`--output` as .jsonl, a row as soon as it is known; nothing without a name."""
-
-    def __init__(self, name: str | None):
-        self._name = name
-        self._file: TextIO | None = None
-
-    def __enter__(self) -> "_RowFile":
-        if self._name is not None:
-            try:
-                self._file = open(self._name, "w", encoding="utf-8")
-            except OSError as error:
-                raise ConfigError(
-                    f"--output {self._name}: cannot be written: {error.strerror}. Give another "
-                    "name."
-                ) from error
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def write(self, rows: "Sequence[Row]") -> None:
-        """Add rows, and have them on disk."""
-        if self._file is not None:
-            for row in rows:
-                self._file.write(json.dumps(row.record(), ensure_ascii=False) + "\n")
-            self._file.flush()
-
-
 def _answer(
     args: argparse.Namespace,
     side: "SideBySide",
     prompts: "Sequence[Prompt]",
     console: "Console",
-    file: _RowFile,
+    file: RowFile,
 ) -> None:
-    from trl_ext.poe.drawing import encode
+    from trl_ext.poe.drawing import check_lengths, encode
 
     ids = encode(prompts, side.tokenizer, args.chat)
+    check_lengths(side.product, prompts, ids, args.max_new_tokens)
     for begin in range(0, len(prompts), args.batch_size):
         batch = slice(begin, begin + args.batch_size)
         rows = side.answer(prompts[batch], ids[batch])
@@ -209,9 +179,9 @@ def _answer(
             print_rows(console, rows[start : start + args.num_samples], side.names)
 
 
-def _talk(args: argparse.Namespace, side: "SideBySide", console: "Console", file: _RowFile) -> None:
+def _talk(args: argparse.Namespace, side: "SideBySide", console: "Console", file: RowFile) -> None:
     """A prompt typed, an answer streamed, until the end of input."""
-    from trl_ext.poe.drawing import encode
+    from trl_ext.poe.drawing import check_lengths, encode
 
     def announce(name: str) -> None:
         if len(side.names) > 1:
@@ -220,6 +190,7 @@ def _talk(args: argparse.Namespace, side: "SideBySide", console: "Console", file
     console.print("Type a prompt; Ctrl-D ends.", style="dim")
     for prompt in _typed():
         (ids,) = encode([prompt], side.tokenizer, args.chat)
+        check_lengths(side.product, [prompt], [ids], args.max_new_tokens)
         if args.num_beams > 1:  # nothing is settled before the end
             rows = side.answer([prompt], [ids])
             print_rows(console, rows, side.names)
@@ -236,5 +207,7 @@ def _typed() -> Iterator[str]:
         except EOFError:
             print()
             return
+        except UnicodeDecodeError as error:
+            raise not_utf8(error) from error
         if prompt.strip():
             yield prompt

@@ -2,13 +2,9 @@
 
 import argparse
 import difflib
-import logging
-import os
 import re
 import sys
-import warnings
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from trl_ext.errors import ConfigError, DataError
@@ -16,7 +12,6 @@ from trl_ext.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from trl_ext.poe.corpora import Prompt
     from trl_ext.poe.drawing import Sampling
-    from trl_ext.poe.product import ProductOfExperts
 
 BASE, PRODUCT = "base", "product"
 _NAME = re.compile(r"[\w.-]+")
@@ -163,7 +158,7 @@ def prompts_of(args: argparse.Namespace) -> "list[Prompt] | None":
     Raises:
         ConfigError, DataError: if there is none, or one cannot be used.
     """
-    from trl_ext.poe.corpora import read_prompts
+    from trl_ext.poe.corpora import check_prompt, read_prompts
 
     empty = next((text for text in args.prompt if not text.strip()), None)
     if empty is not None:
@@ -172,12 +167,14 @@ def prompts_of(args: argparse.Namespace) -> "list[Prompt] | None":
     if not prompts and sys.stdin.isatty():
         return None
     if not prompts:
-        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        prompts = list(_piped())
     if not prompts:
         raise DataError(
             "generate: there is no prompt: standard input is empty. Give --prompt TEXT, --prompts "
             "FILE, or a line for each on standard input."
         )
+    for number, prompt in enumerate(prompts):
+        check_prompt(prompt, f"generate: prompt {number}")
     if args.chat is False and not all(isinstance(prompt, str) for prompt in prompts):
         raise ConfigError(
             f"--no-chat: {args.prompts} has prompts that are chat messages, which need the chat "
@@ -186,82 +183,16 @@ def prompts_of(args: argparse.Namespace) -> "list[Prompt] | None":
     return prompts
 
 
-def check_file(name: str | None, option: str, force: bool, suffix: str = "") -> None:
-    """Whether an option's file can be written, before there is something to write.
-
-    Raises:
-        ConfigError: if not.
-    """
-    if name is None:
-        return
-    path = Path(name)
-    if os.path.isdir(path) or not os.path.isdir(path.parent):
-        raise ConfigError(
-            f"{option} {name}: cannot be written. Name a file in a folder that exists."
-        )
-    if suffix and path.suffix.lower() != suffix:
-        raise ConfigError(f"{option} {name}: the picture is a {suffix}. Name a {suffix} file.")
-    if os.path.lexists(path) and not force:
-        raise ConfigError(
-            f"{option} {name}: the file exists and is left alone. Give another name, or --force."
-        )
+def _piped() -> Iterator[str]:
+    try:
+        yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
+    except UnicodeDecodeError as error:
+        raise not_utf8(error) from error
 
 
-def load(
-    args: argparse.Namespace, experts: Mapping[str, str], weights: Mapping[str, float]
-) -> "ProductOfExperts":
-    """The product, with its tokenizer.
-
-    Raises:
-        ConfigError: if an expert cannot be opened, or none has a tokenizer.
-    """
-    # Said at import of a kernel that nothing here uses; it reads as if the installation had failed.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # peft's own use of a name that transformers renames.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
-    from transformers.utils.logging import disable_progress_bar
-
-    if not sys.stderr.isatty():
-        disable_progress_bar()
-    from trl_ext.poe.loading import load_product
-
-    product = load_product(
-        experts, weights, dtype=args.dtype, device=args.device, plausibility=args.plausibility
+def not_utf8(error: UnicodeDecodeError) -> DataError:
+    """The error for what is piped or typed in another encoding."""
+    return DataError(
+        f"generate: standard input is not text in UTF-8: {error.reason} at byte {error.start}. "
+        "Convert it, for example with iconv."
     )
-    if product.tokenizer is None:
-        raise ConfigError(
-            f"No expert has a tokenizer: {', '.join(experts.values())}. Save it beside one of "
-            "them with tokenizer.save_pretrained(folder)."
-        )
-    return product
-
-
-def advise(product: "ProductOfExperts", weights: Mapping[str, float]) -> None:
-    """What makes text fall apart, said before it does."""
-    from trl_ext.poe.counted import NGramExpert
-
-    if product.plausibility is not None:
-        return
-    pushing = [name for name, weight in weights.items() if weight < 0]
-    if pushing:
-        _note(
-            f"the weight of {pushing[0]} is negative, and tokens that it finds improbable win. If "
-            "the text falls apart, add --plausibility 0.1."
-        )
-    counted = [
-        name
-        for name, expert in product.experts.items()
-        if isinstance(expert, NGramExpert) and weights[name] > 0
-    ]
-    others = [name for name in weights if name not in counted]
-    left = sum(weights[name] for name in others)
-    if counted and others and 0 < left < 1:
-        _note(
-            f"{counted[0]} counts n-grams: behind tokens that it has not seen it says nothing, and "
-            f"the product is {others[0]} at temperature {1 / left:.2g}. If the text falls apart: "
-            f"--weight {others[0]}=1 --weight {counted[0]}=0.3, or --plausibility 0.05."
-        )
-
-
-def _note(text: str) -> None:
-    print(f"Note: {text}", file=sys.stderr, flush=True)

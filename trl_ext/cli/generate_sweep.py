@@ -1,21 +1,25 @@
 """`trl_ext generate --sweep`: a table, a picture and JSON, a row an α."""
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trl_ext.cli.generate_experts import check_device, load
 from trl_ext.cli.generate_inputs import (
     BASE,
-    check_file,
     known,
-    load,
     pair,
     prompts_of,
     sampling_of,
+)
+from trl_ext.cli.generate_output import (
+    check_file,
+    check_two_files,
+    not_written,
+    write_json,
 )
 from trl_ext.errors import ConfigError
 
@@ -25,7 +29,7 @@ if TYPE_CHECKING:
 
 def run_sweep(args: argparse.Namespace, experts: Mapping[str, str]) -> int:
     """Check, sample at each α, and print, write and draw what is found."""
-    from trl_ext.poe.sweep import as_mapping, load_metric, parse_alphas, sweep
+    from trl_ext.poe.sweep import as_mapping, check_alphas, load_metric, parse_alphas, sweep
 
     name, text = _swept(args, list(experts))
     alphas = parse_alphas(text)
@@ -37,35 +41,49 @@ def run_sweep(args: argparse.Namespace, experts: Mapping[str, str]) -> int:
         )
     check_file(args.output, "--output", args.force)
     check_file(args.plot, "--plot", args.force, ".png")
+    check_two_files(args.output, args.plot)
     if args.plot:
         from trl_ext.poe.sweep_picture import check_plotting
 
         check_plotting()
     metric = (args.metric, load_metric(args.metric)) if args.metric else None
+    check_alphas(list(experts), name, alphas, args.plausibility)
+    check_device(args.device)
     reference = BASE if BASE in experts else next(other for other in experts if other != name)
     product = load(args, experts, dict.fromkeys(experts, 0.5))
-    from trl_ext.poe.drawing import encode
+    from trl_ext.poe.drawing import check_lengths, encode
 
     ids = encode(prompts, product.tokenizer, args.chat)
+    check_lengths(product, prompts, ids, args.max_new_tokens)
     options: dict[str, Any] = {"batch_size": args.batch_size, "metric": metric}
     points: list[Point] = []
     facts = {"swept": name, "experts": experts, "reference": reference, "prompts": prompts}
     sampling = sampling_of(args)
-    # After each α the JSON is whole, so that Ctrl-C leaves what is done.
-    for point in sweep(product, name, alphas, ids, sampling, reference=reference, **options):
-        points.append(point)
-        if sys.stderr.isatty():
-            print(f"α = {point.alpha:g}: {point.tokens} tokens", file=sys.stderr, flush=True)
-        if args.output:
-            _write_json(args.output, as_mapping(points, **facts, metric=args.metric))
     metric_name = (args.metric or "").rpartition(":")[2]
-    print(_sweep_table(points, name, reference, metric_name))
+    try:
+        # After each α the JSON is whole, so that Ctrl-C leaves what is done.
+        for point in sweep(product, name, alphas, ids, sampling, reference=reference, **options):
+            points.append(point)
+            if sys.stderr.isatty():
+                print(f"α = {point.alpha:g}: {point.tokens} tokens", file=sys.stderr, flush=True)
+            if args.output:
+                write_json(args.output, as_mapping(points, **facts, metric=args.metric))
+    finally:  # what was sampled is shown, whatever came then
+        if points:
+            print(_sweep_table(points, name, reference, metric_name), flush=True)
     if args.plot:
-        from trl_ext.poe.sweep_picture import plot
-
-        plot(points, name, reference, Path(args.plot), metric_name)
-        print(f"\n{args.plot}")
+        _plot(args.plot, points, name, reference, metric_name)
     return 0
+
+
+def _plot(file: str, points: "Sequence[Point]", name: str, reference: str, metric: str) -> None:
+    from trl_ext.poe.sweep_picture import plot
+
+    try:
+        plot(points, name, reference, Path(file), metric)
+    except OSError as error:
+        raise not_written("--plot", file, error) from error
+    print(f"\n{file}")
 
 
 def _swept(args: argparse.Namespace, names: Sequence[str]) -> tuple[str, str]:
@@ -87,17 +105,6 @@ def _swept(args: argparse.Namespace, names: Sequence[str]) -> tuple[str, str]:
             "expert alone. Leave it out."
         )
     return name, text
-
-
-def _write_json(name: str, found: Any) -> None:
-    """JSON has no NaN: it becomes null."""
-    finite = json.loads(json.dumps(found), parse_constant=lambda _: None)
-    try:
-        Path(name).write_text(json.dumps(finite, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"--output {name}: cannot be written: {error.strerror}. Give another name."
-        ) from error
 
 
 def _sweep_table(points: "Sequence[Point]", name: str, reference: str, metric: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.errors import DataError, MissingDependencyError
+from trl_ext.poe.dataset_column import column_of
 from trl_ext.tasks.loading import BUILDERS, OWN, load_splits
 
 PYDOC = "pydoc"
@@ -22,9 +23,9 @@ def corpus_texts(name_or_path: str, column: str | None = None) -> list[str]:
     """The texts of a corpus.
 
     Args:
-        name_or_path: a text file (one text a line; empty lines are left out), a .jsonl, .json,
-            .parquet or .csv file, a dataset's folder (its `train` split), or `pydoc`: the prose of
-            Python's own language reference, one text a paragraph.
+        name_or_path: a text file or pipe (one text a line; empty lines are left out), a .jsonl,
+            .json, .parquet or .csv file, a dataset's folder (its `train` split), or `pydoc`: the
+            prose of Python's own language reference, one text a paragraph.
         column: of a dataset, where it is not `text`.
 
     Raises:
@@ -32,7 +33,9 @@ def corpus_texts(name_or_path: str, column: str | None = None) -> list[str]:
         MissingDependencyError: if this Python has no language reference.
     """
     path = Path(name_or_path).expanduser()
-    is_plain = name_or_path == PYDOC or (path.is_file() and path.suffix.lower() not in BUILDERS)
+    is_plain = name_or_path == PYDOC or (
+        _is_file_or_pipe(path) and path.suffix.lower() not in BUILDERS
+    )
     if is_plain and column is not None:
         raise DataError(
             f"column is {column!r}, and {name_or_path} is plain text, which has no columns. Leave "
@@ -43,7 +46,7 @@ def corpus_texts(name_or_path: str, column: str | None = None) -> list[str]:
     if is_plain:
         texts = [line for line in _lines(path) if line.strip()]
     elif path.exists():
-        texts = _column_of(name_or_path, column or TEXT_COLUMN)
+        texts = column_of(name_or_path, column or TEXT_COLUMN)
     else:
         raise DataError(
             f"There is no corpus {name_or_path!r}. Give a text file (one text a line), a "
@@ -58,9 +61,9 @@ def read_prompts(name: str) -> list[Prompt]:
     """Prompts of a file.
 
     Args:
-        name: of a text file (one prompt a line; empty lines are left out), of a .jsonl, .json,
-            .parquet or .csv file with the key or column `prompt`: a text, or chat messages; or of
-            a generated task such as `openings`, whose held-out prompts are meant.
+        name: of a text file or pipe (one prompt a line; empty lines are left out), of a .jsonl,
+            .json, .parquet or .csv file with the key or column `prompt`: a text, or chat messages;
+            or of a generated task such as `openings`, whose held-out prompts are meant.
 
     Raises:
         DataError: if it cannot be read, holds no prompt, or one that is none; with its line.
@@ -71,7 +74,7 @@ def read_prompts(name: str) -> list[Prompt]:
         _, held_out = load_splits({"dataset_name": name})
         assert held_out is not None
         return list(held_out["prompt"])
-    if not path.is_file():
+    if not _is_file_or_pipe(path):
         raise DataError(
             f"There is no prompt file {name!r}. Give a text file with one prompt a line, a .jsonl "
             f"file with the key 'prompt', or one of {', '.join(OWN)}, generated here."
@@ -79,13 +82,18 @@ def read_prompts(name: str) -> list[Prompt]:
     if path.suffix.lower() == ".jsonl":
         prompts = list(_json_prompts(path))
     elif path.suffix.lower() in BUILDERS:
-        rows = _column_of(name, "prompt", str | list)
+        rows = column_of(name, "prompt", str | list)
         prompts = [_checked(row, f"{name}, row {index}") for index, row in enumerate(rows)]
     else:
         prompts = [line for line in _lines(path) if line.strip()]
     if not prompts:
         raise DataError(f"The prompt file {name} is empty. Write one prompt a line.")
     return prompts
+
+
+def _is_file_or_pipe(path: Path) -> bool:
+    """Whether it can be read from beginning to end: `/dev/stdin` and `<(command)` too."""
+    return path.exists() and not path.is_dir()
 
 
 def _lines(path: Path) -> list[str]:
@@ -131,32 +139,41 @@ def _checked(prompt: Any, where: str) -> Prompt:
             f"{where}: the prompt is {shown if len(shown) <= 80 else shown[:77] + '...'}; it must "
             'be a text that is not empty, or a list of messages {"role": "user", "content": "…"}.'
         )
+    check_prompt(prompt, f"{where}: the prompt")
     return prompt
+
+
+def check_prompt(prompt: Prompt, what: str) -> None:
+    """Whether a prompt has whole characters only; as `check_characters`."""
+    for text in [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]:
+        check_characters(text, what)
+
+
+def check_characters(text: str, what: str) -> None:
+    """Whether a text has whole characters only.
+
+    Args:
+        text: to be checked.
+        what: it is, for the error.
+
+    Raises:
+        DataError: if it holds half a surrogate pair, which no tokenizer and no file takes.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 20) : error.start + 20]
+        raise DataError(
+            f"{what} has half a character, {text[error.start]!r}, at {error.start}: {around!r}. It "
+            "is no text in UTF-8. Repair it, for example with text.encode('utf-8', 'replace')"
+            ".decode()."
+        ) from error
 
 
 def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and all(
         isinstance(message.get(key), str) for key in ("role", "content")
     )
-
-
-def _column_of(name: str, column: str, kind: Any = str) -> list[Any]:
-    """A column of a dataset's `train` split."""
-    dataset, _ = load_splits({"dataset_name": name})
-    columns = dataset.column_names or []
-    if column not in columns:
-        raise DataError(
-            f"{name} has no column {column!r}; its columns are {', '.join(columns)}. Name the one "
-            "that is meant, or rename it."
-        )
-    rows = list(dataset[column])
-    wrong = next((index for index, row in enumerate(rows) if not isinstance(row, kind)), None)
-    if wrong is not None:
-        raise DataError(
-            f"{name}, row {wrong}: the column {column!r} holds a {type(rows[wrong]).__name__}, "
-            "not a text. Name a column of texts."
-        )
-    return rows
 
 
 def _pydoc() -> list[str]:

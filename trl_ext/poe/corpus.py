@@ -3,12 +3,14 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from operator import length_hint
 from typing import Any
 
 import numpy as np
 import torch
 
 from trl_ext.errors import ConfigError, DataError
+from trl_ext.poe.corpora import check_characters
 
 SEQUENCES_AT_ONCE = 1000  # a fast tokenizer spreads a batch of texts over the cores
 TOKENS_AT_ONCE = 2**20  # counted and merged together; bounds the memory beside corpus and tables
@@ -57,7 +59,7 @@ def read_corpus(
     vocab_size = _vocab_size(vocab_size, tokenizer)
     reader = _Reader(vocab_size, tokenizer, column, _end(tokenizer) if add_eos else [])
     rows = reader.rows(sequences)
-    total = len(sequences) if hasattr(sequences, "__len__") else None  # type: ignore[arg-type]
+    total = length_hint(sequences) or None
     parts, lengths = [np.empty(0, np.int32)], []
     with tqdm(desc="Reading", total=total, unit="seq", disable=not progress) as bar:
         while batch := list(islice(rows, SEQUENCES_AT_ONCE)):
@@ -119,7 +121,7 @@ class _Reader:
             names = sequences.column_names
             if names:  # a streamed dataset may not know them yet
                 sequences = sequences.select_columns([self._column(names)])
-        for index, row in enumerate(sequences):
+        for index, row in enumerate(_iterated(sequences)):
             if isinstance(row, Mapping):
                 row = row[self._column(list(row))]
             elif self.column is not None:
@@ -148,8 +150,8 @@ class _Reader:
         """(length,) int32 of each sequence; `first` is the index of the first one."""
         places = [place for place, row in enumerate(batch) if isinstance(row, str)]
         if places:
-            texts = [batch[place] for place in places]
-            for place, ids in zip(places, self._tokenise(texts, first + places[0]), strict=True):
+            texts = {first + place: batch[place] for place in places}
+            for place, ids in zip(places, self._tokenise(texts), strict=True):
                 batch[place] = ids
         if self.end and len(places) < len(batch):
             place = min(set(range(len(batch))) - set(places))
@@ -159,24 +161,32 @@ class _Reader:
             )
         return [self._checked(row, first + place) for place, row in enumerate(batch)]
 
-    def _tokenise(self, texts: list[str], first: int) -> list[list[int]]:
+    def _tokenise(self, texts: dict[int, str]) -> list[list[int]]:
+        """Token ids of texts by their index."""
         if self.tokenizer is None:
+            first, text = next(iter(texts.items()))
             raise ConfigError(
-                f"Sequence {first} is the text {texts[0][:40]!r}, and there is no tokenizer. Give "
+                f"Sequence {first} is the text {text[:40]!r}, and there is no tokenizer. Give "
                 "the language model's tokenizer, or token ids."
             )
-        encoded = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            verbose=False,  # no warning about texts longer than a model's context
-        )
+        try:
+            encoded = self.tokenizer(
+                list(texts.values()),
+                add_special_tokens=False,
+                return_attention_mask=False,
+                verbose=False,  # no warning about texts longer than a model's context
+            )
+        except (TypeError, UnicodeError):  # how tokenizers refuse half a character
+            for index, text in texts.items():
+                check_characters(text, f"Sequence {index}")
+            raise
         return [ids + self.end for ids in encoded["input_ids"]]
 
     def _checked(self, row: Any, index: int) -> np.ndarray:
         try:
             ids = row.detach().cpu().numpy() if isinstance(row, torch.Tensor) else np.asarray(row)
-        except ValueError:  # lists of unequal lengths within
+        # Lists of unequal lengths within; tensors that are sparse, or of a type numpy lacks.
+        except (ValueError, TypeError, RuntimeError):
             ids = np.empty((0, 0))
         if ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size):
             raise DataError(
@@ -191,6 +201,16 @@ class _Reader:
                 "another tokenizer? Or set vocab_size to the number of the language model's tokens."
             )
         return ids.astype(np.int32)
+
+
+def _iterated(sequences: Any) -> Iterator[Any]:
+    try:
+        return iter(sequences)
+    except (TypeError, RuntimeError) as error:  # a sparse tensor's is a RuntimeError
+        raise DataError(
+            f"sequences is {_shown(sequences)}; it must be an iterable of sequences: lists, arrays "
+            "or tensors of token ids, or texts. Put a single one into a list."
+        ) from error
 
 
 def _shown(row: Any) -> str:

@@ -50,7 +50,6 @@ class CountedExpert(ABC):
 
     kind: ClassVar[str]
     _size_name: ClassVar[str]  # what `context_length` is derived from: "window", "order"
-    _smallest_size: ClassVar[int]  # the size at which it is 0
 
     def __init__(self, counts: Counts, *, pseudo_count: float, tokenizer: Any | None = None):
         self.vocab_size = len(counts.tokens)
@@ -282,7 +281,8 @@ class CountedExpert(ABC):
         from trl_ext.poe.counted import NaiveBayesExpert, NGramExpert
 
         kinds = {each.kind: each for each in (NaiveBayesExpert, NGramExpert)}
-        description = read_description(folder, {each.kind: each._size_name for each in kinds.values()})
+        size_names = {kind: each._size_name for kind, each in kinds.items()}
+        description = read_description(folder, size_names)
         found = kinds[description["kind"]]
         if not issubclass(found, cls):
             raise ConfigError(
@@ -290,11 +290,11 @@ class CountedExpert(ABC):
                 f"{found.__name__}, not a {cls.__name__}. Use {found.__name__}.load or "
                 "CountedExpert.load."
             )
-        size = description[found._size_name]
+        is_ngram, size = found is NGramExpert, description[found._size_name]
         counts = load_counts(
             folder / COUNTS,
-            tables=size - found._sizeless,
-            chained=found.kind == NGramExpert.kind,
+            tables=size - 1 if is_ngram else size,
+            chained=is_ngram,
             num_tokens=description["num_tokens"],
         )
         if len(counts.tokens) != description["vocab_size"]:

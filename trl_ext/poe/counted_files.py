@@ -1,7 +1,6 @@
 """The folder of a counted expert: what it says of itself, and how it is replaced."""
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -45,9 +44,9 @@ def check_pseudo_count(value: Any) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 < value <= MOST_PSEUDO_COUNT:
         raise ConfigError(
-            f"pseudo_count is {value!r}; it must be a positive finite number, at most "
-            f"{MOST_PSEUDO_COUNT:g}. Without smoothing, 1e-10 say, what was never counted would "
-            "be impossible in a product."
+            f"pseudo_count is {value!r}; it must be at most {MOST_PSEUDO_COUNT:g} and a positive "
+            "finite number. Without smoothing, 1e-10 say, what was never counted would be "
+            "impossible in a product."
         )
 
 
@@ -119,7 +118,7 @@ def read_description(folder: Path, size_names: Mapping[str, str]) -> dict[str, A
     if not isinstance(found, dict):
         raise damaged(file, f"it is a {type(found).__name__}, not a mapping")
     version = found.get("format_version")
-    if _is_whole(version) and version > FORMAT_VERSION:
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise ConfigError(
             f"{folder} was written in format {version}, and this trl_ext reads formats up to "
             f"{FORMAT_VERSION}. Install the trl_ext that wrote it, or a newer one."

@@ -47,12 +47,7 @@ def load_counts(file: Path, *, tables: int, chained: bool, num_tokens: int) -> C
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise damaged(file, f"it cannot be read as safetensors: {error}") from error
-    parts = [
-        ("pairs", "counts", "row_keys") if chained and number > 1 else ("pairs", "counts")
-        for number in range(1, tables + 1)
-    ]
-    wanted = {f"{part}.{n}" for n, names in enumerate(parts, start=1) for part in names}
-    if tensors.keys() != wanted | {"tokens"}:
+    if tensors.keys() != _names(len(tensors), tables, chained):
         raise damaged(
             file, f"it holds {', '.join(sorted(tensors))}, not the tables of length 1 to {tables}"
         )
@@ -71,19 +66,25 @@ def load_counts(file: Path, *, tables: int, chained: bool, num_tokens: int) -> C
             rows = len(keys)
         pairs, counts = tensors[f"pairs.{number}"], tensors[f"counts.{number}"]
         _check_ascending(file, f"pairs.{number}", pairs, rows * len(tokens))
-        if len(counts) != len(pairs) or (counts < 1).any():
+        is_whole = len(counts) == len(pairs) and bool((counts >= 1).all())
+        if not is_whole or counts.double().sum().item() > num_tokens:
             raise damaged(
                 file,
-                f"counts.{number} has {len(counts)} numbers for {len(pairs)} pairs; each pair was "
-                "seen once or more",
+                f"counts.{number} must be the {len(pairs)} counts of pairs.{number}, each 1 or "
+                f"more, together at most {num_tokens:,}",
             )
-        if counts.double().sum().item() > num_tokens:
-            raise damaged(file, f"counts.{number} sums to more than the {num_tokens:,} tokens")
         found.append(CountTable(pairs, counts, len(tokens), keys))
     return Counts(tokens, found)
 
 
+def _names(most: int, tables: int, chained: bool) -> set[str]:
+    """Of the tensors of that many tables; `most` bounds what a wrong number makes of them."""
+    numbers = range(1, min(tables, most) + 1)
+    names = {f"{part}.{number}" for number in numbers for part in ("pairs", "counts")}
+    return {"tokens"} | names | {f"row_keys.{number}" for number in numbers[1:] if chained}
+
+
 def _check_ascending(file: Path, name: str, values: Tensor, end: int) -> None:
     """Whether these are different numbers from 0 to `end` − 1, in order."""
-    if len(values) and not (0 <= values[0] and values[-1] < end and (values.diff() > 0).all()):
+    if len(values) and not (values[0] >= 0 and values[-1] < end and (values.diff() > 0).all()):
         raise damaged(file, f"{name} must ascend from 0 or more to less than {end}")

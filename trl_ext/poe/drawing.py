@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from trl_ext.errors import ConfigError
-from trl_ext.poe.corpora import Prompt
+from trl_ext.poe.corpora import Prompt, check_prompt
 from trl_ext.poe.product import ProductOfExperts
 
 # Scores (rows, T, V) of all experts that are held together, in numbers: 256 MB in float32.
@@ -108,7 +108,10 @@ def encode(prompts: Sequence[Prompt], tokenizer: Any, chat: bool | None) -> list
 
     Raises:
         ConfigError: if a template is wanted and there is none, or a prompt has no token.
+        DataError: if a prompt is no text in UTF-8.
     """
+    for number, prompt in enumerate(prompts):
+        check_prompt(prompt, f"Prompt {number}")
     has_template = bool(getattr(tokenizer, "chat_template", None))
     use_chat = has_template if chat is None else chat
     messages = next((prompt for prompt in prompts if not isinstance(prompt, str)), None)
@@ -131,6 +134,33 @@ def _encode(prompt: Prompt, tokenizer: Any, chat: bool) -> list[int]:
     if not ids:
         raise ConfigError(f"The prompt {prompt!r} has no token to go on from. Give a longer one.")
     return list(ids)
+
+
+def check_lengths(
+    product: ProductOfExperts,
+    prompts: Sequence[Prompt],
+    prompt_ids: Sequence[list[int]],
+    max_new_tokens: int,
+) -> None:
+    """Whether each prompt and its answer fit into every model of the product.
+
+    Raises:
+        ConfigError: with the first prompt that does not, if the models say what they can read.
+    """
+    longest = getattr(product.config, "max_position_embeddings", None)
+    if longest is None:
+        return
+    for number, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True)):
+        if len(ids) + max_new_tokens > longest:
+            text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            shown = repr(text if len(text) <= 60 else f"{text[:57]}...")
+            left = longest - len(ids)
+            fewer = f", or ask for at most {left} new tokens" if left > 0 else ""
+            raise ConfigError(
+                f"Prompt {number} is too long: {shown} has {len(ids)} tokens, and max_new_tokens "
+                f"is {max_new_tokens}; together the experts read at most {longest}. Shorten the "
+                f"prompt{fewer}."
+            )
 
 
 def draw(

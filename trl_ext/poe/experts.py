@@ -310,20 +310,28 @@ def _source(name: str, expert: Any) -> Source:
     if isinstance(expert, TokenReward):
         if isinstance(expert.reward, PreTrainedModel):
             return ModelSource(expert.reward)
-        if isinstance(expert.reward, Tensor) and expert.reward.dim() != 1:
+        is_table = isinstance(expert.reward, Tensor)
+        if not is_table and (isinstance(expert.reward, PeftModel) or not callable(expert.reward)):
+            raise ConfigError(
+                f"The expert {name!r} is a TokenReward of a {type(expert.reward).__name__}; it "
+                "must be a tensor (V,), a function, or a causal language model without adapters."
+            )
+        if is_table and expert.reward.dim() != 1:
             raise ConfigError(
                 f"The expert {name!r} is a TokenReward with a table {tuple(expert.reward.shape)}; "
                 "it must be (V,), one reward a token."
             )
         return TableSource(expert)
+    if hasattr(expert, "new_cache"):  # a product
+        return ModelSource(expert)
     if isinstance(expert, PreTrainedModel):
         if any(isinstance(module, BaseTunerLayer) for module in expert.modules()):
             raise ConfigError(
                 f"The expert {name!r} is a model with adapters inside, whose state it would "
-                "follow. Give Adapter(peft_model, name), or Adapter(peft_model, None) for the "
-                "base."
+                "follow: a PeftModel puts them into the model that it is made of. Give "
+                "Adapter(peft_model, name), or Adapter(peft_model, None) for the base."
             )
-        if expert.get_output_embeddings() is None and not hasattr(expert, "new_cache"):
+        if expert.get_output_embeddings() is None:
             raise ConfigError(
                 f"The expert {name!r}, a {type(expert).__name__}, has no head over a vocabulary. "
                 "Load it with AutoModelForCausalLM."

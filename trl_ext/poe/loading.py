@@ -56,9 +56,15 @@ def load_experts(
     paths: Mapping[str, str], *, dtype: str = "float32", device: str | torch.device | None = None
 ) -> dict[str, Any]:
     """What lies at each path, as an expert. Arguments and errors as for `load_product`."""
+    for name, path in paths.items():
+        if not isinstance(path, str | os.PathLike):
+            raise ConfigError(
+                f"The expert {name!r} is a {type(path).__name__}; load_product takes paths and hub "
+                "ids. Give what is loaded to ProductOfExperts."
+            )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    paths = {name: resolve_model(path) for name, path in paths.items()}
+    paths = {name: resolve_model(os.fspath(path)) for name, path in paths.items()}
     kinds = {name: kind_of(path) for name, path in paths.items()}
     bases = {n: _base_of(n, paths[n]) for n, kind in kinds.items() if kind == "adapter"}
     wrapped = {
@@ -103,10 +109,11 @@ def load_model(name: str, path: str, dtype: str, device: str | torch.device) -> 
         model = AutoModelForCausalLM.from_pretrained(path, dtype=kind)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
+        missing = "" if os.path.exists(path) else "There is no such folder here, and as a hub id: "
         raise ConfigError(
-            f"The expert {name!r} cannot be opened at {path!r}: {reason}. An expert is a hub id or "
-            "folder of a causal language model, of a LoRA adapter (adapter_config.json), or of a "
-            "counted expert (`trl_ext count` makes one)."
+            f"The expert {name!r} cannot be opened at {path!r}: {missing}{reason}. "
+            "An expert is a hub id or folder of a causal language model, of a LoRA adapter "
+            "(adapter_config.json), or of a counted expert (`trl_ext count` makes one)."
         ) from error
     return model.to(device).eval()  # pyright: ignore[reportArgumentType]
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trl_ext.errors import ConfigError, RewardError
 from trl_ext.registry import Registry
+from trl_ext.rewards.guard import FAILURES, raised
+from trl_ext.rewards.returned import FLOAT32_MAX, cut
 
 if TYPE_CHECKING:
     from trl_ext.poe.drawing import Sampling
@@ -118,22 +120,51 @@ def measure(metric: Metric, name: str, texts: list[str]) -> list[float]:
     """
     try:
         values = [float(value) for value in metric(texts)]
-    except Exception as error:  # a user's function may fail in any way
+    except FAILURES as error:  # a user's function may fail in any way
         raise RewardError(
-            f"The metric {name!r} raised {type(error).__name__} on {len(texts)} texts: {error}. "
-            f"It must be {METRICS.must_be}."
+            f"The metric {name!r} raised {raised(error)}, on {len(texts)} texts. It must be "
+            f"{METRICS.must_be}."
         ) from error
     if len(values) != len(texts):
         raise RewardError(
             f"The metric {name!r} returned {len(values)} numbers for {len(texts)} texts. It must "
             f"be {METRICS.must_be}."
         )
+    for value, text in zip(values, texts, strict=True):
+        if not abs(value) <= FLOAT32_MAX:
+            raise RewardError(
+                f"The metric {name!r} returned {value} for the text {cut(text)}. It must be "
+                f"{METRICS.must_be}, each finite: return one for any text, an empty one too."
+            )
     return values
 
 
 def words(texts: list[str]) -> list[float]:
     """How many words each text has."""
     return [float(len(text.split())) for text in texts]
+
+
+def weights_at(experts: Sequence[str], name: str, alpha: float) -> dict[str, float]:
+    """α for the expert of that name and 1 − α for the other, in the experts' order."""
+    return {expert: alpha if expert == name else 1 - alpha for expert in experts}
+
+
+def check_alphas(
+    experts: Sequence[str], name: str, alphas: Sequence[float], plausibility: float | None
+) -> None:
+    """Whether a product can be made at each α.
+
+    Raises:
+        ConfigError: if not; with the α.
+    """
+    from trl_ext.poe.weights import WeightRule
+
+    for alpha in alphas:
+        weights = weights_at(experts, name, alpha)
+        try:
+            WeightRule(experts, weights, [0.0] * len(experts), plausibility is not None)
+        except ConfigError as error:
+            raise ConfigError(f"The sweep cannot go to α = {alpha:g}. {error}") from error
 
 
 def sweep(
@@ -160,14 +191,17 @@ def sweep(
         reference: the expert that gives the perplexity.
         batch_size: prompts at a time.
         metric: its name, and a function of texts.
+
+    Raises:
+        ConfigError: if the weights of an α are none; before anything is sampled.
     """
     from trl_ext.poe.drawing import with_weights
 
-    (other,) = [expert for expert in product.experts if expert != name]
+    experts = list(product.experts)
+    check_alphas(experts, name, alphas, product.plausibility)
     config = sampling.config(product)
     for alpha in alphas:
-        by_name = {other: 1 - alpha, name: alpha}
-        at_alpha = with_weights(product, {expert: by_name[expert] for expert in product.experts})
+        at_alpha = with_weights(product, weights_at(experts, name, alpha))
         at_alpha.generation_config = config
         yield _point(at_alpha, alpha, prompt_ids, sampling, reference, batch_size, metric)
 
@@ -205,7 +239,7 @@ def _point(
         alpha=alpha,
         log_likelihood=means,
         log_z=mean_of(_by_prompt(log_z, each)),
-        perplexity=math.exp(-means[reference].mean),
+        perplexity=perplexity_of(means[reference].mean),
         distinct_2=distinct_2(completions),
         tokens=sum(map(len, completions)),
         metric=measured,
@@ -225,9 +259,18 @@ def _grouped(rows: Sequence[Any], each: int) -> Iterator[list[Any]]:
 
 
 def mean_of(values: Sequence[float]) -> Mean:
-    """Mean and standard error of values that are independent."""
-    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    """Mean and standard error of values that are independent; NaN if one is not finite."""
+    is_known = len(values) > 1 and all(map(math.isfinite, values))
+    error = stdev(values) / len(values) ** 0.5 if is_known else math.nan
     return Mean(fmean(values), error)
+
+
+def perplexity_of(log_likelihood: float) -> float:
+    """exp of minus a mean log-likelihood in nats per token; inf where that is too large."""
+    try:
+        return math.exp(-log_likelihood)
+    except OverflowError:
+        return math.inf
 
 
 def distinct_2(completions: Sequence[Sequence[int]]) -> float:

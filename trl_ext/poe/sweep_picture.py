@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.errors import MissingDependencyError
-from trl_ext.poe.sweep import Mean, Point
+from trl_ext.poe.sweep import Mean, Point, perplexity_of
 
 
 def check_plotting() -> None:
@@ -69,7 +69,7 @@ def plot(points: Sequence[Point], name: str, reference: str, file: Path, metric:
 
 def _perplexity(logp: Mean) -> Mean:
     """The standard error of exp(−x), to first order."""
-    value = math.exp(-logp.mean)
+    value = perplexity_of(logp.mean)
     return Mean(value, value * logp.standard_error)
 
 

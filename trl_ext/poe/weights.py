@@ -115,7 +115,14 @@ class WeightRule:
         weight = self.weights[expert]
         if not callable(weight):
             return torch.full(positions.shape, weight, device=positions.device)
-        given = weight(positions)
+        try:
+            given = weight(positions)
+        except Exception as error:  # a user's function may fail in any way
+            raise ConfigError(
+                f"The weight of the expert {self.names[expert]!r}, a function of positions, raised "
+                f"{type(error).__name__}: {error}. It gets a tensor (B, T) of positions; write "
+                "torch.where(positions < 3, 1.0, 0.2), not `1.0 if positions < 3 else 0.2`."
+            ) from error
         try:
             value = torch.as_tensor(given, device=positions.device)
         except (TypeError, ValueError, RuntimeError):
@@ -169,6 +176,11 @@ def _listed(names: list[str], weights: Any) -> list[Weight]:
             f"{len(names)} experts need as many weights, got {len(weights)}: {weights}."
         )
     for name, weight in zip(names, weights, strict=True):
+        if isinstance(weight, EntropyWeights):
+            raise ConfigError(
+                f"The weight of the expert {name!r} is an EntropyWeights, which stands for the "
+                "weights of all experts: weights=EntropyWeights({name: weight, ...})."
+            )
         if not callable(weight) and (isinstance(weight, bool) or not isinstance(weight, Real)):
             raise ConfigError(
                 f"The weight of the expert {name!r} is {weight!r}; it must be a number, or a "

@@ -107,7 +107,7 @@ def _load_dataset(name: str, arguments: dict[str, Any], *, streaming: bool) -> M
         splits = load_dataset(**arguments, streaming=streaming)
     except Exception as error:  # each file format, and the hub, raises kinds of its own
         reason = error.__cause__ or error
-        if _says_no_rows(reason):
+        if says_no_rows(reason):
             raise DataError(
                 f"The dataset {name} has no rows. Write at least one, with the column 'prompt'."
             ) from error
@@ -124,7 +124,7 @@ def _load_dataset(name: str, arguments: dict[str, Any], *, streaming: bool) -> M
     return splits
 
 
-def _says_no_rows(reason: BaseException) -> bool:
+def says_no_rows(reason: BaseException) -> bool:
     """Whether this is how `datasets` fails on an empty file, or on one without a row."""
     no_file_content = isinstance(reason, StopIteration) or type(reason).__name__ == "EmptyDataError"
     return no_file_content or "corresponds to no data" in str(reason)

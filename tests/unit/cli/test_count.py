@@ -1,6 +1,8 @@
 """`count`: a corpus becomes an expert that `generate` multiplies."""
 
+import os
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -82,12 +84,19 @@ def test_pydoc(here, trl_ext, model):
         (["c.txt", "--naive-bayes", "--order", "2"], "--order 2 is of n-grams"),
         (["c.txt", "--window", "2"], "--window 2 is of naive Bayes"),
         (["c.txt", "--order", "0"], "must be a whole number of at least 1, got '0'"),
+        (["c.txt", "--pseudo-count", "1e308"], "pseudo_count is 1e+308; it must be at most 1e+15"),
+        (["none.jsonl"], "none.jsonl has no rows. Write at least one, with the column 'text'"),
+        (["cut.jsonl"], "cut.jsonl cannot be read: ArrowInvalid: JSON parse error"),
+        (["pipe.csv"], "pipe.csv is a pipe or a device, and a .csv is read as a whole. Save it"),
         (["c.txt", "--pseudo-count", "0"], "must be a number greater than 0, got '0'"),
     ],
 )
 def test_what_is_refused(here, trl_ext, model, argv, says):
     Path("empty.txt").write_text("")
     Path("rows.jsonl").write_text('{"body": "a"}\n')
+    Path("none.jsonl").write_text("")
+    Path("cut.jsonl").write_text('{"text": "a"')
+    os.mkfifo("pipe.csv")
     Path("full").mkdir()
     Path("full/mine").write_text("mine")
     for option, value in (("--tokenizer", model), ("--output", "out")):
@@ -95,7 +104,42 @@ def test_what_is_refused(here, trl_ext, model, argv, says):
     code, out, err = trl_ext("count", *argv)
     assert (code, out) == (2, "")
     assert says in err
+    assert "dataset_name" not in err
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "adapter_config.json"])
+def test_a_models_folder_is_never_written_to(here, trl_ext, model, file):
+    Path("model").mkdir()
+    Path("model", file).write_text("{}")
+    argv = ["count", "c.txt", "--tokenizer", model, "--output", "model", "--force"]
+    code, out, err = trl_ext(*argv)
+    assert (code, out) == (2, "")
+    assert err == (
+        f"Error: model is a language model's folder: it has a {file}. A counted expert would hide "
+        "the model. Give another folder.\n"
+    )
+    assert [path.name for path in Path("model").iterdir()] == [file]
+
+
+@pytest.mark.parametrize("folder", ["base", "product", "my docs/a b"])
+def test_any_folder_can_be_typed(here, trl_ext, model, folder):
+    _, out, _ = trl_ext("count", "c.txt", "--tokenizer", model, "--output", folder)
+    typed = shlex.split(out.split("trl_ext ")[-1].replace("\\\n", ""))
+    code, out, err = trl_ext(*typed, "--max-new-tokens", "2")
+    assert code == 0, err
+    name = {"my docs/a b": "a_b"}.get(folder, f"{folder}_counted")
+    assert out.startswith(f"weights: base 1, {name} 0.3\n")
+
+
+def test_a_corpus_may_come_through_a_pipe(here, trl_ext, model):
+    end, begin = os.pipe()  # as <(cat c.txt) gives it
+    os.write(begin, Path("c.txt").read_bytes())
+    os.close(begin)
+    code, out, err = trl_ext("count", f"/dev/fd/{end}", "--tokenizer", model, "--output", "out")
+    os.close(end)
+    assert code == 0, err
+    assert out.startswith("Counted 8 tokens of 2 texts")
 
 
 def test_force_replaces(here, trl_ext, model):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -308,7 +309,12 @@ PROMPT = ["--prompt", "Hi"]
         (["base", *PROMPT, "--output", "no/x.jsonl"], "Name a file in a folder that exists"),
         (["base", *PROMPT, "--greedy", "--top-p", "0.9"], "--greedy samples nothing"),
         (["base", *PROMPT, "--greedy", "--num-samples", "2"], "has at most 1 answers to a prompt"),
-        (["base", *PROMPT, "--temperature", "0"], "must be a number greater than 0, got '0'"),
+        (["base", *PROMPT, "--temperature", "0"], "a number from 0.001 to 1000, got '0'; for the"),
+        (["base", *PROMPT, "--temperature", "1e-39"], "got '1e-39'; for the likeliest token: --gr"),
+        (["base", "--prompt", "a\udcff"], "prompt 0 has half a character, '\\udcff', at 1: 'a"),
+        (["base", *PROMPT, "--device", "foo"], "--device foo: it cannot be used: Expected one of"),
+        (["base", *PROMPT, "--device", "meta"], "Here are: cpu"),
+        (["base", "--prompts", "bin.parquet"], "bin.parquet cannot be read: ArrowInvalid: Parquet"),
         (["base", *PROMPT, "--plausibility", "2"], "greater than 0 and at most 1, got '2'"),
         (["base", *PROMPT, "--plot", "a.png"], "--plot a.png is of a sweep. Add --sweep"),
         ([*SWEEP, "docs", *PROMPT], "--sweep docs: it must be NAME=START:STOP:STEP"),
@@ -319,6 +325,12 @@ PROMPT = ["--prompt", "Hi"]
         ([*SWEEP, "docs=0,1", "--weight", "docs=1", *PROMPT], "a sweep sets the weights. Leave"),
         ([*SWEEP, "docs=0,1", "--own-answers", *PROMPT], "a sweep has no answers beside each oth"),
         ([*SWEEP, "docs=0,1", *PROMPT, "--plot", "a.pdf"], "the picture is a .png. Name a .png"),
+        ([*SWEEP, "docs=0,1e17", *PROMPT], "The sweep cannot go to α = 1e+17. "),
+        ([*SWEEP, "docs=0,1", *PROMPT, "--device", "meta"], "--device meta: it cannot be used"),
+        (
+            [*SWEEP, "docs=0,1", *PROMPT, "--output", "a.png", "--plot", "./a.png"],
+            "--output a.png and --plot ./a.png are one file. Give --output another name, such as",
+        ),
         ([*SWEEP, "docs=0,1", *PROMPT, "--metric", "builtins:abs"], "'builtins:abs' raised TypeE"),
     ],
 )
@@ -327,10 +339,100 @@ def test_what_is_refused_before_a_model_loads(unloaded, trl_ext, argv, says):
     Path("keyless.jsonl").write_text('{"text": "a"}\n')
     Path("chat.jsonl").write_text('{"prompt": [{"role": "user", "content": "a"}]}\n')
     Path("exists").write_text("mine")
+    Path("bin.parquet").write_bytes(b"\x00\xff")
     code, out, err = trl_ext("generate", *argv)
     assert (code, out) == (1 if "--metric" in argv else 2, "")
     assert says in err
-    assert len(err.splitlines()) <= 2  # argparse repeats the usage
+    assert "dataset_name" not in err
+    if "bin.parquet" not in argv:  # of which `datasets` writes a line of its own
+        assert len(err.splitlines()) <= 2  # argparse repeats the usage
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_standard_input_is_utf8(unloaded, trl_ext, monkeypatch, errors):
+    piped = io.TextIOWrapper(io.BytesIO(b"a\xff\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr("sys.stdin", piped)
+    code, _, err = trl_ext("generate", "base")
+    assert code == 2
+    assert ("not text in UTF-8: invalid start byte at byte 1" in err) == (errors == "strict")
+    assert ("prompt 0 has half a character" in err) == (errors != "strict")
+
+
+def test_what_is_typed_is_utf8(here, trl_ext, monkeypatch):
+    def type_in(_):
+        return b"\xff".decode()
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", type_in)
+    code, _, err = trl_ext("generate", "base", *SHORT)
+    assert code == 2 and "standard input is not text in UTF-8" in err
+
+
+def test_prompts_may_come_through_a_pipe(here, trl_ext):
+    end, begin = os.pipe()  # as <(echo Hi) gives it
+    os.write(begin, b"Hi\n")
+    os.close(begin)
+    code, _, err = trl_ext("generate", "base", "--prompts", f"/dev/fd/{end}", *SHORT)
+    os.close(end)
+    assert (code, err) == (0, "")
+
+
+def test_a_data_file_is_read_quietly(here, trl_ext):
+    Path("p.csv").write_text("prompt\nHi\n")
+    code, _, err = trl_ext("generate", "base", "--prompts", "p.csv", *SHORT)
+    assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["bare", "--prompt", "Hi", "--chat"], "the tokenizer has no chat template"),
+        (
+            ["base", "--no-chat", "--prompt", "Hi", "--prompt", "Ho!", "--max-new-tokens", "2046"],
+            "Prompt 1 is too long: 'Ho!' has 3 tokens, and max_new_tokens is 2046; together the "
+            "experts read at most 2048. Shorten the prompt, or ask for at most 2045 new tokens.",
+        ),
+        (
+            ["base", "--no-chat", "--prompt", "a" * 2048, *SHORT],
+            "has 2048 tokens, and max_new_tokens is 4; together the experts read at most 2048. "
+            "Shorten the prompt.\n",
+        ),
+    ],
+)
+def test_what_fails_before_the_first_row_leaves_the_output_alone(here, trl_ext, argv, says):
+    Path("keep.jsonl").write_text("mine")
+    code, _, err = trl_ext("generate", *argv, "--output", "keep.jsonl", "--force")
+    assert (code, Path("keep.jsonl").read_text()) == (2, "mine")
+    assert says in err
+
+
+@pytest.mark.parametrize("argv", [["base"], ["base", "--expert", "d=docs", "--sweep", "d=0"]])
+def test_a_full_disk_is_said(here, trl_ext, argv):
+    argv = [*argv, *SHORT, "--prompt", "Hi", "--output", "/dev/full", "--force"]
+    code, _, err = trl_ext("generate", *argv)
+    assert code == 1
+    assert err == (
+        "Error: --output /dev/full: cannot be written: No space left on device. Free space there, "
+        "or give another name.\n"
+    )
+
+
+def test_a_sweep_that_fails_late_shows_what_was_done(here, trl_ext, monkeypatch):
+    from trl_ext.poe import sweep
+
+    calls = []
+
+    def late(texts):
+        calls.append(texts)
+        return [float("nan") if len(calls) > 2 else 1.0] * len(texts)  # the first call tries it
+
+    monkeypatch.setattr(sweep, "words", late)
+    argv = [*SWEEP, "docs=0:1:0.5", "--prompt", "Hi", "--prompt", "Ho", *SHORT]
+    code, out, err = trl_ext("generate", *argv, "--metric", "words")
+    assert code == 1
+    assert "The metric 'words' returned nan for the text" in err
+    _, _, _, header, *table = out.splitlines()
+    assert header.split()[-1] == "words" and [line.split()[0] for line in table] == ["0"]
 
 
 def test_a_sweep_is_not_typed(unloaded, trl_ext, monkeypatch):

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, are_progress_bars_disabled
 
 from trl_ext.errors import DataError, MissingDependencyError
 from trl_ext.poe.corpora import corpus_texts, read_prompts
@@ -60,6 +60,32 @@ def test_what_is_no_corpus(tmp_path, content, column, says):
         corpus_texts(str(tmp_path / "c.txt"), column)
 
 
+def test_what_is_no_data_file(tmp_path):
+    (tmp_path / "c.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"jsonl has no rows\. Write at least one, .*column 'text'"):
+        corpus_texts(str(tmp_path / "c.jsonl"))
+    with pytest.raises(DataError, match=r"jsonl has no rows\. Write at least one, .*column 'body'"):
+        corpus_texts(str(tmp_path / "c.jsonl"), "body")
+    (tmp_path / "c.csv").write_bytes(b"text\n\xff\n")
+    with pytest.raises(DataError, match=r"c.csv cannot be read: UnicodeDecodeError: .*called .txt"):
+        corpus_texts(str(tmp_path / "c.csv"))
+    saved = DatasetDict({"test": Dataset.from_dict({"text": ["a"]})})
+    saved.save_to_disk(str(tmp_path / "d"))
+    with pytest.raises(DataError, match="d has no split 'train', which is the one that is read"):
+        corpus_texts(str(tmp_path / "d"))
+
+
+def test_progress_is_of_terminals_only(tmp_path, capfd, monkeypatch):
+    (tmp_path / "c.csv").write_text("text\na\n")
+    corpus_texts(str(tmp_path / "c.csv"))
+    assert capfd.readouterr().err == ""
+    assert not are_progress_bars_disabled()
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    (tmp_path / "other.csv").write_text("text\nb\n")
+    corpus_texts(str(tmp_path / "other.csv"))
+    assert "Generating train split" in capfd.readouterr().err
+
+
 def test_prompts_of_a_text_file(tmp_path):
     (tmp_path / "p.txt").write_text("One?\n\nTwo?")
     assert read_prompts(str(tmp_path / "p.txt")) == ["One?", "Two?"]
@@ -88,6 +114,9 @@ def test_prompts_are_texts_or_messages(tmp_path):
         ("p.jsonl", '{"prompt": " "}', "jsonl:1: the prompt is ' '; it must be a text"),
         ("p.jsonl", '{"prompt": [{"role": "user"}]}', "jsonl:1: the prompt is .*list of messages"),
         ("p.csv", "text\nb\n", "no column 'prompt'; its columns are text"),
+        ("p.jsonl", '{"prompt": "a\\ud800"}', "jsonl:1: the prompt has half a character"),
+        ("p.csv", "", "p.csv has no rows. Write at least one, with the column 'prompt'"),
+        ("p.parquet", "a", "p.parquet cannot be read: ArrowInvalid: .* Is it cut, or of another"),
         (None, "", "There is no prompt file"),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
 from trl_ext.errors import ConfigError, DataError
@@ -420,6 +421,165 @@ def test_what_cannot_be_loaded_says_why(tmp_path):
         CountedExpert.load(tmp_path)
 
 
+DESCRIPTION = "counted_expert.json"
+
+
+def described(folder, **changes):
+    """Change the description; None takes a key away."""
+    file = folder / DESCRIPTION
+    changed = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in changed.items() if v is not None}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"kind": "trigram"}, r"kind is 'trigram', none of naive_bayes, ngram\."),
+        (
+            {"kind": "naive_bayes", "window": 2},
+            r"holds counts\.1, .*, not the tables of length 1 to",
+        ),
+        ({"order": 2}, r"holds counts\.1, .*, not the tables of length 1 to 1"),
+        ({"order": 4}, r"not the tables of length 1 to 3"),
+        ({"order": 10**12}, r"not the tables of length 1 to 999999999999"),
+        ({"order": "3"}, r"order is '3', not a whole number from 1 on"),
+        ({"vocab_size": 6}, r"vocab_size is 6, and counts\.safetensors counts 5 tokens"),
+        ({"num_tokens": 8}, r"its tokens are not 8, each counted 0 times or more"),
+        ({"pseudo_count": math.nan}, r"pseudo_count is nan; it must be at most 1e\+15"),
+        ({"pseudo_count": 0}, r"pseudo_count is 0; "),
+        ({"pseudo_count": -1}, r"pseudo_count is -1; "),
+        ({"pseudo_count": None}, r"pseudo_count is None; "),
+        ({"tokenizer": None}, r"tokenizer is None, neither true nor false"),
+        ({"tokenizer": True}, r"its tokenizer cannot be opened: "),
+        ({"format_version": None}, r"format_version is None, not a whole number"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(tmp_path, changes, says):
+    quietly(NGramExpert, HAND, order=3).save(tmp_path)
+    described(tmp_path, **changes)
+    with pytest.raises(ConfigError, match=rf"is damaged: .*{says}"):
+        CountedExpert.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "1", "\x00"])
+def test_a_description_that_is_none_is_refused(tmp_path, text):
+    quietly(NGramExpert, HAND).save(tmp_path)
+    (tmp_path / DESCRIPTION).write_text(text)
+    with pytest.raises(ConfigError, match=r"json is damaged: it is .* Count the expert anew"):
+        CountedExpert.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("tokens", lambda t: t[:-1], r"vocab_size is 5, and"),
+        ("tokens", lambda t: t - 20 * (t == 1), r"its tokens are not 7"),
+        ("tokens", lambda t: t.float(), r"tokens is \(5,\) torch\.float32, not \(N,\) int64"),
+        ("pairs.1", lambda t: t.flip(0), r"pairs\.1 must ascend"),
+        ("pairs.1", lambda t: t + V**2, r"pairs\.1 must ascend from 0 or more to less than 25"),
+        ("pairs.1", lambda t: t - t[0] - 1, r"pairs\.1 must ascend"),
+        ("pairs.2", lambda t: t[:-1], r"counts\.2 must be the 2 counts of pairs\.2"),
+        ("pairs.2", lambda t: t[None], r"pairs\.2 is \(1, 3\) torch\.int64"),
+        ("counts.1", lambda t: -t, r"counts\.1 must be the 4 counts of pairs\.1, each 1 or more"),
+        ("counts.1", lambda t: t * 0, r"counts\.1 must be"),
+        ("counts.1", lambda t: t * 100, r"counts\.1 must be .* together at most 7\."),
+        ("counts.2", lambda t: t[:-1], r"counts\.2 must be"),
+        ("row_keys.2", lambda t: t.flip(0), r"row_keys\.2 must ascend"),
+        ("row_keys.2", lambda t: t[:-1], r"pairs\.2 must ascend from 0 or more to less than 5\."),
+        ("row_keys.2", lambda t: t + V**2, r"row_keys\.2 must ascend"),
+        ("row_keys.2", None, r"it holds .*, not the tables of length 1 to 2"),
+    ],
+)
+def test_counts_that_are_none_are_refused(tmp_path, name, change, says):
+    quietly(NGramExpert, HAND, order=3).save(tmp_path)
+    tensors = load_file(tmp_path / "counts.safetensors")
+    if change is None:
+        del tensors[name]
+    else:
+        tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, tmp_path / "counts.safetensors")
+    with pytest.raises(ConfigError, match=rf" is damaged: {says}.* Count the expert anew"):
+        CountedExpert.load(tmp_path)
+
+
+@pytest.mark.parametrize("cut", [0, 4, 100, -1])
+def test_counts_that_are_cut_are_refused(tmp_path, cut):
+    quietly(NGramExpert, HAND).save(tmp_path)
+    file = tmp_path / "counts.safetensors"
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(ConfigError, match=r"it cannot be read as safetensors: "):
+        CountedExpert.load(tmp_path)
+
+
+def test_a_save_that_is_stopped_leaves_no_other_expert(tmp_path, monkeypatch):
+    old = quietly(NGramExpert, HAND, order=3)
+    old.save(tmp_path)
+    new = quietly(NaiveBayesExpert, HAND, window=2)
+    # While it writes, the old one stays.
+    with monkeypatch.context() as patch:
+        patch.setattr(counted_base, "save_counts", lambda *_: exec("raise KeyboardInterrupt"))
+        with pytest.raises(KeyboardInterrupt):
+            new.save(tmp_path)
+    assert_equal(CountedExpert.load(tmp_path), old)
+    # While it puts files in place, there is none.
+    moved = []
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", lambda *names: moved.append(names) or exec("1/0"))
+        with pytest.raises(ZeroDivisionError):
+            new.save(tmp_path)
+    assert moved[0][1] == tmp_path / "counts.safetensors"
+    with pytest.raises(ConfigError, match=r"is no counted expert: it has no counted_expert"):
+        CountedExpert.load(tmp_path)
+    new.save(tmp_path)
+    assert_equal(CountedExpert.load(tmp_path), new)
+    assert {file.name for file in tmp_path.iterdir()} == {DESCRIPTION, "counts.safetensors"}
+
+
+def test_a_save_takes_the_older_tokenizer_away_and_nothing_else(tmp_path):
+    def template():
+        loaded = CountedExpert.load(tmp_path).tokenizer
+        assert loaded is not None
+        return loaded.chat_template
+
+    (tmp_path / "notes.txt").write_text("mine")
+    tokenizer = tabular_tokenizer(4)
+    tokenizer.chat_template = "{{ messages }}"
+    NGramExpert.fit(["ab"], tokenizer=tokenizer, progress=False).save(tmp_path)
+    assert template() == "{{ messages }}"
+    NGramExpert.fit(["ab"], tokenizer=tabular_tokenizer(4), progress=False).save(tmp_path)
+    assert template() is None
+    quietly(NGramExpert, HAND).save(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {
+        DESCRIPTION, "counts.safetensors", "notes.txt",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ["config.json", "adapter_config.json"])
+def test_no_expert_is_saved_over_a_model(tmp_path, file):
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(ConfigError, match=rf"is a language model's folder: it has a {file}\. A"):
+        quietly(NGramExpert, HAND).save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [file]
+
+
+def test_how_many_it_has_counted():
+    # 0, 1, 2; then 01, 10, 12, 11; then 010, 101, 012.
+    orders = [quietly(NGramExpert, HAND, order=order) for order in (1, 2, 3)]
+    assert [expert.num_distinct for expert in orders] == [3, 4, 3]
+    # Two places apart: 0.0, 1.1, 0.2.
+    assert quietly(NaiveBayesExpert, HAND, window=2).num_distinct == 3
+
+
+@pytest.mark.parametrize("cls", [NaiveBayesExpert, NGramExpert])
+def test_the_largest_pseudo_count_still_gives_probabilities(cls):
+    expert = quietly(cls, HAND, pseudo_count=1e15)
+    assert probabilities(expert, [1]) == pytest.approx([1 / V] * V)
+    assert expert.prior_entropy == pytest.approx(math.log(V))
+    for more in (1e16, 1e308, 10**400):
+        with pytest.raises(ConfigError, match=r"it must be at most 1e\+15 and a positive"):
+            quietly(cls, HAND, pseudo_count=more)
+
+
 @pytest.mark.parametrize("value", [0, 0.0, -1.0, math.nan, math.inf, "1", None, True])
 def test_a_pseudo_count_that_does_not_smooth_is_refused(value):
     for cls in (NaiveBayesExpert, NGramExpert):
@@ -452,6 +612,22 @@ def test_a_size_that_is_none_is_refused(value):
         ([[[0], [0, 1]]], {}, DataError, r"Sequence 0 is list \[\[0\], \[0, 1\]\]; "),
         ([0, 1], {}, DataError, r"Sequence 0 is int 0; a sequence is a list"),
         ([None], {}, DataError, r"Sequence 0 is NoneType None; "),
+        (None, {}, DataError, r"sequences is NoneType None; it must be an iterable of sequences"),
+        (5, {}, DataError, r"sequences is int 5; it must be an iterable"),
+        (
+            torch.tensor(5),
+            {},
+            DataError,
+            r"sequences is Tensor tensor\(5\); it must be an iterable",
+        ),
+        ([torch.zeros(2, dtype=torch.bfloat16)], {}, DataError, r"Sequence 0 is Tensor tensor\(\["),
+        ([torch.ones(2).to_sparse()], {}, DataError, r"(?s)Sequence 0 is Tensor .*; a sequence is"),
+        (
+            ["a", [1], "a\ud800"],
+            {"tokenizer": tabular_tokenizer(4)},
+            DataError,
+            r"Sequence 2 has half a character, '\\ud800', at 1: 'a\\ud800'\. .* Repair it",
+        ),
         ("ab", {}, DataError, r"sequences is a single text; .* Put it into a list"),
         ({"train": HAND}, {}, DataError, r"sequences is a mapping; .* Take one of its splits"),
         ([[0], "ab"], {}, ConfigError, r"Sequence 1 is the text 'ab', and there is no tokenizer\."),

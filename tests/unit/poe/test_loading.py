@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -78,8 +80,16 @@ def test_models_come_in_the_dtype_asked_for(home):
 
 @pytest.mark.parametrize("path", ["nowhere/at/all", "/no/such/folder", "no-such-model"])
 def test_a_path_that_holds_nothing(path):
-    with pytest.raises(ConfigError, match=f"'it' cannot be opened at '{path}'.*An expert is a hub"):
+    with pytest.raises(
+        ConfigError, match=f"'it' cannot be opened at '{path}': There is no such folder"
+    ):
         load_experts({"it": path})
+
+
+def test_what_is_loaded_already():
+    model: Any = object()
+    with pytest.raises(ConfigError, match="'it' is a object; load_product takes paths"):
+        load_experts({"it": model})
 
 
 def test_a_base_that_has_gone(home, tmp_path):

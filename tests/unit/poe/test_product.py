@@ -317,6 +317,14 @@ def test_a_product_within_a_product(one, other):
         assert torch.equal(generate(outer, **how), generate(flat, **how))
 
 
+def test_a_product_of_adapters_within_a_product(adapted, other):
+    inner = ProductOfExperts([Adapter(adapted), Adapter(adapted, "x")], [0.5, 0.5])
+    outer = ProductOfExperts([inner, other], [0.8, 0.2])
+    flat = ProductOfExperts([Adapter(adapted), Adapter(adapted, "x"), other], [0.4, 0.4, 0.2])
+    for how in (HOW[0], HOW[3]):
+        assert torch.equal(generate(outer, **how), generate(flat, **how))
+
+
 def test_it_streams_each_token(one, other):
     class Listener(BaseStreamer):
         def __init__(self):
@@ -457,6 +465,7 @@ def tokenizer_with(*tokens: str):
 SAME = tokenizer_with("a", "b", "c")
 SCHEDULE: Any = abs
 NOTHING: Any = None
+ONES: Any = [1.0]
 
 
 @pytest.mark.parametrize(
@@ -491,6 +500,14 @@ NOTHING: Any = None
         ({"a": Adapter(llama(1), "x")}, [1.0], {}, "Adapter of a LlamaForCausalLM"),
         ({"a": llama(1).model}, [1.0], {}, "no head over a vocabulary"),
         ({"a": TokenReward(torch.zeros(3, 3))}, [1.0], {}, "must be (V,)"),
+        ({"a": TokenReward(ONES)}, [1.0], {}, "TokenReward of a list"),
+        ({"a": llama(1)}, [EntropyWeights([1.0])], {}, "stands for the weights of all experts"),
+        (
+            {"a": llama(1)},
+            [lambda positions: 1.0 if positions[0] < torch.tensor([1, 2]) else 0.0],
+            {},
+            "raised RuntimeError: Boolean value",
+        ),
         ({"a": TokenReward(lambda ids, mask: ids)}, [1.0], {}, "how many tokens"),
         (
             {"a": llama(1), "b": llama(2, vocab_size=29)},

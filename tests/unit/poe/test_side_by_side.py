@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import save_byte_llama
-from trl_ext.errors import ConfigError
+from trl_ext.errors import ConfigError, DataError
 from trl_ext.poe import drawing
 from trl_ext.poe.counted import NGramExpert
-from trl_ext.poe.drawing import Sampling, draw, encode, score
+from trl_ext.poe.drawing import Sampling, check_lengths, draw, encode, score
 from trl_ext.poe.loading import load_product
 from trl_ext.poe.product import ProductOfExperts
 from trl_ext.poe.side_by_side import SideBySide
@@ -194,3 +194,20 @@ def test_what_cannot_be_encoded(paths, prompt, chat, says):
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match=says):
         encode([prompt], tokenizer, chat)
+
+
+@pytest.mark.parametrize("prompt", ["a\ud800", [{"role": "user", "content": "a\ud800"}]])
+def test_half_a_character_is_no_prompt(paths, prompt):
+    tokenizer = loaded(paths, {"base": 1.0}).tokenizer
+    with pytest.raises(DataError, match=r"Prompt 1 has half a character, '\\ud800', at 1: "):
+        encode(["a", prompt], tokenizer, None)
+
+
+def test_a_prompt_and_its_answer_fit_into_the_model(paths):
+    product = loaded(paths, {"base": 0.5, "counted": 0.5})
+    product.config.max_position_embeddings = 8
+    check_lengths(product, ["a", "b"], [[1], [1] * 5], 3)
+    with pytest.raises(ConfigError, match=r"Prompt 1 is too long: 'b' has 6 tokens, .* at most 2 "):
+        check_lengths(product, ["a", "b"], [[1], [1] * 6], 3)
+    alone = loaded(paths, {"counted": 1.0})  # counts read any length
+    check_lengths(alone, ["a"], [[1] * 10_000], 3)

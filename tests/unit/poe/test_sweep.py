@@ -18,6 +18,7 @@ from trl_ext.poe.sweep import (
     load_metric,
     mean_of,
     parse_alphas,
+    perplexity_of,
     sweep,
 )
 from trl_ext.poe.sweep_picture import plot
@@ -90,6 +91,30 @@ def test_a_metric_that_returns_too_little(tmp_path, monkeypatch):
         load_metric("short_metric:one")
 
 
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("[1.0, float('nan')]", "returned nan for the text 'Another one.'"),
+        ("[float('-inf'), 1.0]", "returned -inf for the text 'One text.'"),
+        ("[1e39, 1.0]", "returned 1e\\+39 for"),
+        ("sys.exit(3)", "raised SystemExit: 3, on 2 texts"),
+    ],
+)
+def test_a_metric_that_is_no_number_or_ends_the_run(tmp_path, monkeypatch, body, says):
+    name = tmp_path.name  # another module each time
+    (tmp_path / f"{name}.py").write_text(f"import sys\ndef f(texts):\n    return {body}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RewardError, match=f"The metric '{name}:f' {says}"):
+        load_metric(f"{name}:f")
+
+
+def test_what_is_not_finite_has_no_standard_error():
+    mean, error = mean_of([-math.inf, 1.0])
+    assert mean == -math.inf and math.isnan(error)
+    assert perplexity_of(-math.log(8)) == pytest.approx(8)
+    assert perplexity_of(-1000.0) == perplexity_of(-math.inf) == math.inf
+
+
 @pytest.fixture(scope="module")
 def product(tmp_path_factory):
     """A tiny model and a counted expert."""
@@ -122,6 +147,13 @@ def test_the_ends_are_the_experts_alone(product):
         assert point.log_z.mean == pytest.approx(0, abs=1e-5)
     assert middle.log_z.mean < -0.01
     assert first.log_likelihood["counted"].mean < last.log_likelihood["counted"].mean
+
+
+def test_weights_are_checked_before_anything_is_sampled(product):
+    ids = encode(["ab"], product.tokenizer, chat=False)
+    points = sweep(product, "counted", [0.0, 1e17], ids, SAMPLING, reference="base", batch_size=1)
+    with pytest.raises(ConfigError, match=r"The sweep cannot go to α = 1e\+17\. "):
+        next(points)
 
 
 def test_what_a_point_holds(product):
