@@ -408,7 +408,13 @@ def test_threads_take_turns_with_one_peft_model(adapted):
 
 
 def test_a_model_without_a_cache_in_a_padded_batch(one):
-    shape = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    shape: Any = {
+        "vocab_size": VOCABULARY,
+        "n_embd": 16,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_positions": 32,
+    }
     torch.manual_seed(8)
     model: Any = OpenAIGPTLMHeadModel(OpenAIGPTConfig(**shape, initializer_range=0.5)).eval()
     product = ProductOfExperts({"it": model, "one": one}, [0.8, 0.2])
