@@ -27,12 +27,14 @@ class ProductOutput(ModelOutput):
             they are, so that transformers' logits processors do to it what they do to the model.
         log_z: (B, keep) log Σ_v Π_k p_k(v)^{w_k}, nats.
         past_key_values: what the experts remember.
+        expert_logits: of each expert (B, keep, V), not normalised, if they were asked for.
         attentions, hidden_states: None; transformers' `generate` may ask for them.
     """
 
     logits: Tensor | None = None
     log_z: Tensor | None = None
     past_key_values: Cache | None = None
+    expert_logits: tuple[Tensor, ...] | None = None
     attentions: None = None
     hidden_states: None = None
 

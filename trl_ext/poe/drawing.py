@@ -222,9 +222,9 @@ def _score_batch(
         picked = logps[:, -keep - 1 : -1].gather(-1, targets)[..., 0]
         return _last(picked, completion_ids)
 
-    for name, logps in product.expert_log_probs(ids, mask).items():
-        scores.experts[name].extend(of_tokens(logps))
-    output = product(ids, attention_mask=mask, logits_to_keep=keep + 1)
+    output = product(ids, attention_mask=mask, logits_to_keep=keep + 1, output_expert_logits=True)
+    for name, logits in zip(product.experts, output.expert_logits, strict=True):
+        scores.experts[name].extend(of_tokens(product.own_log_probs(name, logits)))
     scores.product.extend(of_tokens(output.logits.log_softmax(-1)))
     scores.log_z.extend(_last(output.log_z[:, :-1], completion_ids))
 

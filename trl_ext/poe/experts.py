@@ -55,7 +55,7 @@ class Step:
         new_positions: (B, T), 0 = a row's first token that is no padding.
         ids: (B, S + T), all tokens.
         mask: (B, S + T), 1 = token, 0 = padding.
-        has_padding: whether `mask` has a 0.
+        has_padding: whether a mask was given; without one there is none to hand on.
         keep: how many of the last positions to score.
         use_cache: whether there will be a next step.
     """
@@ -139,7 +139,8 @@ class AdapterSource(ModelSource):
         super().__init__(model.get_base_model())
         self.peft_model = model
         self.adapters = [BASE if adapter is None else adapter for adapter in adapters]
-        self._layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+        # What is done to a PEFT model is done to all of its layers.
+        self._layer = next(m for m in model.modules() if isinstance(m, BaseTunerLayer))
 
     def scores(self, step: Step, cache: Cache | None) -> list[Tensor]:
         copies, rows = len(self.adapters), step.new_ids.size(0)
@@ -155,11 +156,11 @@ class AdapterSource(ModelSource):
 
     def _check_state(self) -> None:
         """Whether peft would mix adapters now: it does so for a model that is left alone."""
-        layer = self._layers[0]
+        of = self._layer
         for is_so, what, mend in (
-            (layer.disable_adapters, "its adapters disabled", "Leave disable_adapter() first"),
-            (layer.merged, "an adapter merged into it", "Call unmerge_adapter() first"),
-            (layer.training, "been put into training mode", "Call product.eval() first"),
+            (of.disable_adapters, "its adapters disabled", "Leave disable_adapter() first"),
+            (of.merged, "an adapter merged into it", "Call unmerge_adapter() first"),
+            (of.training, "been put into training mode", "Call product.eval() first"),
         ):
             if is_so:
                 raise RunError(

@@ -111,6 +111,7 @@ class ProductOfExperts(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         prompt_lengths: Tensor | None = None,
+        output_expert_logits: bool = False,
         **_: Any,
     ) -> ProductOutput:
         """The logits of the product's next token at each position.
@@ -123,6 +124,7 @@ class ProductOfExperts(PreTrainedModel, GenerationMixin):
             use_cache: whether to make a cache where none is given.
             logits_to_keep: how many of the last positions to score; 0 for all.
             prompt_lengths: (B,) tokens of each prompt, where a schedule's position 0 comes.
+            output_expert_logits: whether to give what each expert said, too.
 
         Raises:
             RunError: if an expert's scores are not numbers, or the product leaves no token.
@@ -156,7 +158,12 @@ class ProductOfExperts(PreTrainedModel, GenerationMixin):
         for expert, weight, norm in zip(self.experts.values(), weights, norms, strict=True):
             if not isinstance(expert, TokenReward):
                 log_z = log_z - weight.to(norm.device) * norm
-        return ProductOutput(logits=product, log_z=log_z, past_key_values=past_key_values)
+        return ProductOutput(
+            logits=product,
+            log_z=log_z,
+            past_key_values=past_key_values,
+            expert_logits=tuple(scores) if output_expert_logits else None,
+        )
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **options: Any) -> Any:
@@ -229,10 +236,12 @@ class ProductOfExperts(PreTrainedModel, GenerationMixin):
         with torch.no_grad():
             step = self._pass(input_ids, attention_mask, None, None, 0)
             scores = dict(zip(self.experts, self._scores(step, None), strict=True))
-        return {
-            name: s if isinstance(self.experts[name], TokenReward) else s.log_softmax(-1)
-            for name, s in scores.items()
-        }
+        return {name: self.own_log_probs(name, s) for name, s in scores.items()}
+
+    def own_log_probs(self, name: str, logits: Tensor) -> Tensor:
+        """(…, V) log-probabilities out of an expert's logits; a reward's values as they are."""
+        is_reward = isinstance(self.experts[name], TokenReward)
+        return logits if is_reward else logits.log_softmax(-1)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Refused: a product has no weights of its own.

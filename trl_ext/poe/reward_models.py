@@ -1,5 +1,6 @@
 """Reward models as reward functions: one number a completion, or one a token."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def _opened(name: str, path: str) -> Any:
     return opened.eval().requires_grad_(False)
 
 
-class RewardModel:
+class RewardModel(ABC):
     """A model that judges completions; what its subclasses give is one number each, or one a token.
 
     Args:
@@ -98,10 +99,11 @@ class RewardModel:
         self.is_own = is_own
         self.asks_for: set[str] = set()
 
+    @abstractmethod
     def __call__(
         self, prompts: list, completions: list, completion_ids: TokenIds, **columns: Any
     ) -> list[Any]:
-        raise NotImplementedError
+        """As TRL calls a reward function."""
 
     @torch.no_grad()
     def _logits(self, **inputs: Tensor) -> Tensor:

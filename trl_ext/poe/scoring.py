@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import use_adapter
 
 from trl_ext.errors import ConfigError
+from trl_ext.poe.checks import device_of
 from trl_ext.poe.experts import Adapter, TokenReward
 from trl_ext.poe.product import ProductOfExperts
 
@@ -35,14 +36,14 @@ def token_log_probs(expert: Any, input_ids: Tensor, attention_mask: Tensor, keep
     """
     device = input_ids.device
     if hasattr(expert, "token_log_probs"):
-        ids, mask = (each.to(device_of(expert, device)) for each in (input_ids, attention_mask))
+        ids, mask = (each.to(device_of(expert) or device) for each in (input_ids, attention_mask))
         return expert.token_log_probs(ids, mask)[:, -keep:].float().to(device)
     if input_ids.size(1) <= keep or not attention_mask[:, -keep - 1].all():
         raise ConfigError(
             "A causal language model scores a token from those before it, and a text has none "
             "before its first. Give a prompt of one token or more."
         )
-    ids, mask = (each.to(device_of(expert, device)) for each in (input_ids, attention_mask))
+    ids, mask = (each.to(device_of(expert) or device) for each in (input_ids, attention_mask))
     scores = _next_token_scores(expert, ids, mask, keep)
     # Row by row: a float32 copy of all scores may be twice as large as they are.
     rows = [
@@ -103,7 +104,7 @@ def completion_log_probs(
     """
     check_token_ids(expert, prompt_ids, completion_ids)
     scores: list[list[float]] = [[] for _ in completion_ids]
-    device = device_of(expert, torch.device("cpu"))
+    device = device_of(expert) or torch.device("cpu")
     for rows in batches(prompt_ids, completion_ids, batch_size):
         prompts, completions = ([ids[row] for row in rows] for ids in (prompt_ids, completion_ids))
         keep = max(map(len, completions))
@@ -209,9 +210,3 @@ def vocabulary_size(expert: Any) -> int | None:
     if isinstance(model, PreTrainedModel | PeftModel):
         return model.config.get_text_config().vocab_size
     return getattr(model, "vocab_size", None)
-
-
-def device_of(expert: Any, otherwise: torch.device) -> torch.device:
-    """Where an expert wants its input."""
-    model = expert.model if isinstance(expert, Adapter) else expert
-    return getattr(model, "device", otherwise)

@@ -116,6 +116,16 @@ def test_log_probs_are_the_product_of_each_alone(one, other):
     torch.testing.assert_close(logps[~real].exp(), torch.full((3, VOCABULARY), 1 / VOCABULARY))
 
 
+def test_what_each_expert_said_comes_with_the_same_pass(one, other):
+    reward = TokenReward(torch.linspace(-1, 1, VOCABULARY))
+    product = ProductOfExperts({"one": one, "other": other, "r": reward}, [0.5, 0.5, 1.0])
+    output = product(PADDED, MASK, logits_to_keep=2, output_expert_logits=True)
+    alone = product.expert_log_probs(PADDED, MASK)
+    for name, logits in zip(product.experts, output.expert_logits, strict=True):
+        torch.testing.assert_close(product.own_log_probs(name, logits), alone[name][:, -2:])
+    assert product(PADDED, MASK).expert_logits is None
+
+
 def test_log_z_is_zero_for_one_mind_and_negative_for_two(one, other):
     same = ProductOfExperts([one, one], [0.4, 0.6])
     torch.testing.assert_close(same.log_z(PADDED, MASK), torch.zeros(3, 5), atol=1e-6, rtol=0)
@@ -418,10 +428,13 @@ def test_a_model_without_a_cache_in_a_padded_batch(one):
     torch.manual_seed(8)
     model: Any = OpenAIGPTLMHeadModel(OpenAIGPTConfig(**shape, initializer_range=0.5)).eval()
     product = ProductOfExperts({"it": model, "one": one}, [0.8, 0.2])
-    out = generate(product, do_sample=False, eos_token_id=None, pad_token_id=0)
-    for row, mask in zip(out, MASK.bool(), strict=True):
-        alone = naive(product, row[:5][mask][None], 9)
-        assert torch.equal(row[-9:], alone[0, -9:])
+    real, whole = MASK.bool(), product(PADDED, MASK)
+    steps = product(PADDED[:, :4], MASK[:, :4], use_cache=True)
+    last = product(PADDED[:, 4:], MASK, past_key_values=steps.past_key_values)
+    torch.testing.assert_close(last.logits[:, 0], whole.logits[:, 4], atol=1e-5, rtol=1e-4)
+    for row, mask in enumerate(real):
+        alone = product(PADDED[row : row + 1, mask]).logits[0, -1]
+        torch.testing.assert_close(last.logits[row, 0], alone, atol=1e-5, rtol=1e-4)
 
 
 def test_log_z_of_weights_by_entropy_beside_a_reward(one):
