@@ -75,8 +75,20 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, H) -> (…, V), before any temperature."""
-        scaled = torch.nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
-        return scaled if self.softcap is None else self.softcap * (scaled / self.softcap).tanh()
+        projected = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        return _bounded(projected * self.logit_scale, self.softcap)
+
+
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """(…, H) -> (…, V), by the head as it is: with an adapter or quantised too."""
+    config = model.config.get_text_config()
+    layer: Any = model.get_output_embeddings()
+    scaled = layer(hidden) * _logit_scale(config)
+    return _bounded(scaled, getattr(config, "final_logit_softcapping", None))
+
+
+def _bounded(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * (logits / softcap).tanh()
 
 
 def _gathered(parameter: Tensor) -> Tensor:
@@ -317,7 +329,7 @@ def _check_readable(layer: Any) -> None:
         step = "Use ZeRO-2 or FSDP2."
     else:
         return
-    raise ConfigError(f"the KL over the vocabulary reads the LM head, which {problem}. {step}")
+    raise ConfigError(f"the LM head is read as a matrix here, and it {problem}. {step}")
 
 
 def _check_shapes(

@@ -31,6 +31,7 @@ FLOORS = (
     ("bundled",),
     ("rewards",),
     ("vocabulary_kl",),
+    ("models",),
     ("policy_config", "rollout"),
     ("kl_term",),
     ("trl_adapter",),

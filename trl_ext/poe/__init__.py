@@ -7,9 +7,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trl_ext.models.adapter import Adapter
     from trl_ext.poe.counted import CountedExpert, NaiveBayesExpert, NGramExpert
     from trl_ext.poe.distillation import PoEDistillationConfig, PoEDistillationTrainer
-    from trl_ext.poe.experts import Adapter, TokenReward
+    from trl_ext.poe.experts import TokenReward
     from trl_ext.poe.loading import load_product
     from trl_ext.poe.product import ProductOfExperts
     from trl_ext.poe.reward_models import reward_model

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from trl_ext.errors import ConfigError, RunError
-from trl_ext.poe.experts import Adapter, ModelSource, Source, Step, TokenReward, positions_of
-from trl_ext.poe.vocabulary import check_vocabularies
+from trl_ext.models.adapter import Adapter
+from trl_ext.models.vocabulary import check_vocabularies
+from trl_ext.poe.experts import ModelSource, Source, Step, TokenReward, positions_of
 
 
 def model_of(expert: Any) -> Any:

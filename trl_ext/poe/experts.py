@@ -15,20 +15,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from trl_ext.errors import ConfigError, RunError
+from trl_ext.models.adapter import Adapter
 
 # How peft's mixed batches call the model without an adapter.
 BASE = "__base__"
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An expert that is one adapter of a PEFT model; `name=None` is its base, adapters off.
-
-    Experts that are adapters of one `model` share its weights and one batched forward pass.
-    """
-
-    model: PeftModel
-    name: str | None = None
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_ext.bundled import resolve_model
 from trl_ext.errors import ConfigError
+from trl_ext.models.loading import open_tokenizer
 from trl_ext.poe.checks import model_of
 from trl_ext.poe.corpora import corpus_texts
 from trl_ext.poe.counted import NaiveBayesExpert, NGramExpert
-from trl_ext.poe.loading import load_experts, tokenizer_at
+from trl_ext.poe.loading import expert_tokenizer, load_experts
 from trl_ext.poe.scoring import check_expert
 
 # Kind of counted expert -> its class, the name of its size, and that size where none is given.
@@ -71,7 +71,7 @@ def open_expert(expert: Any, *, tokenizer: Any = None) -> Opened:
 
 def _load(name: str, tokenizer: Any) -> Opened:
     [expert] = load_experts({name: name}, dtype="auto", device="cpu").values()
-    tokenizer = tokenizer or getattr(expert, "tokenizer", None) or tokenizer_at(name, name)
+    tokenizer = tokenizer or getattr(expert, "tokenizer", None) or expert_tokenizer(name)
     return Opened(name, expert, tokenizer, is_own=True)
 
 
@@ -102,22 +102,6 @@ def _count(expert: Mapping[str, Any], tokenizer: Any) -> Opened:
         progress=False,
     )
     return Opened(f"{kind} of {expert[kind]}", counted, tokenizer, is_own=True)
-
-
-def open_tokenizer(name: str) -> Any:
-    """The tokenizer of a path, a hub id or a `bundled:` name.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(resolve_model(name))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"The tokenizer {name!r} cannot be opened: {str(error).strip().splitlines()[0]}"
-        ) from error
 
 
 def tokenised_prompts(prompts: list, tokenizer: Any) -> list[list[int]]:

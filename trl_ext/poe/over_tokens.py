@@ -6,9 +6,10 @@ from typing import Any
 from torch import nn
 
 from trl_ext.errors import ConfigError, RewardError
-from trl_ext.poe.opening import Opened, open_expert, open_tokenizer, tokenised_prompts
+from trl_ext.models.loading import open_tokenizer
+from trl_ext.models.vocabulary import check_vocabularies
+from trl_ext.poe.opening import Opened, open_expert, tokenised_prompts
 from trl_ext.poe.scoring import completion_log_probs, tensors_of
-from trl_ext.poe.vocabulary import check_vocabularies
 from trl_ext.rewards.returned import shown
 
 POLICY = "policy"

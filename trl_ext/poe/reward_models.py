@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 
 from trl_ext.bundled import resolve_model
 from trl_ext.errors import ConfigError, RewardError
-from trl_ext.poe.opening import open_tokenizer, tokenised_prompts
+from trl_ext.models.loading import open_tokenizer
+from trl_ext.models.vocabulary import check_vocabularies
+from trl_ext.poe.opening import tokenised_prompts
 from trl_ext.poe.over_tokens import TokenIds, check_takes_tokens, checked_size
 from trl_ext.poe.scoring import batches, padded
-from trl_ext.poe.vocabulary import check_vocabularies
 from trl_ext.rewards.returned import cut
 
 

@@ -1,91 +1,19 @@
 """Log-probabilities of given tokens under an expert: no distribution is held beyond a batch."""
 
-import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trl.trainer.utils import use_adapter
 
 from trl_ext.errors import ConfigError
+from trl_ext.models.adapter import Adapter, reading
+from trl_ext.models.log_probs import batch_log_probs
 from trl_ext.poe.checks import device_of
-from trl_ext.poe.experts import Adapter, TokenReward
+from trl_ext.poe.experts import TokenReward
 from trl_ext.poe.product import ProductOfExperts
-
-
-@torch.no_grad()
-def token_log_probs(expert: Any, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
-    """log P_N(x_t | x_<t) of the last `keep` tokens of each row. Equation E13.
-
-    Args:
-        expert: what `check_expert` takes.
-        input_ids: (B, T), padded on the left before the text and on the right behind it.
-        attention_mask: (B, T), 1 = token, 0 = padding.
-        keep: how many positions at the end to score, 1 ≤ keep ≤ T.
-
-    Returns:
-        (B, keep) nats, float32, on the device of `input_ids`; what is masked has no meaning.
-
-    Raises:
-        ConfigError: if `expert` is none, or it reads a model and a row has nothing before the
-            tokens scored: a causal model has no distribution of a text's first token.
-    """
-    device = input_ids.device
-    if hasattr(expert, "token_log_probs"):
-        ids, mask = (each.to(device_of(expert) or device) for each in (input_ids, attention_mask))
-        return expert.token_log_probs(ids, mask)[:, -keep:].float().to(device)
-    if input_ids.size(1) <= keep or not attention_mask[:, -keep - 1].all():
-        raise ConfigError(
-            "A causal language model scores a token from those before it, and a text has none "
-            "before its first. Give a prompt of one token or more."
-        )
-    ids, mask = (each.to(device_of(expert) or device) for each in (input_ids, attention_mask))
-    scores = _next_token_scores(expert, ids, mask, keep)
-    # Row by row: a float32 copy of all scores may be twice as large as they are.
-    rows = [
-        row.float().gather(-1, of[:, None])[:, 0] - row.float().logsumexp(-1)
-        for row, of in zip(scores, ids[:, -keep:], strict=True)
-    ]
-    return torch.stack(rows).to(device)
-
-
-def _next_token_scores(expert: Any, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
-    """(B, keep, V) scores of the tokens in the last `keep` positions, up to a constant of each."""
-    model: Any = expert.model if isinstance(expert, Adapter) else expert
-    if not isinstance(model, PreTrainedModel | PeftModel):
-        return model.log_probs(ids, mask)[:, -keep - 1 : -1]
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    takes = inspect.signature(inner.forward).parameters
-    more: dict[str, Any] = {}
-    if "position_ids" in takes:
-        # Left padding moves absolute positions.
-        more["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    if "logits_to_keep" in takes:
-        more["logits_to_keep"] = keep + 1
-    with _as_scorer(expert):
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **more).logits
-    return logits[:, -keep - 1 : -1]
-
-
-@contextmanager
-def _as_scorer(expert: Any) -> Iterator[None]:
-    """The model in evaluation mode, with the adapter that is meant; afterwards as it was."""
-    model = expert.model if isinstance(expert, Adapter) else expert
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        if isinstance(expert, Adapter):
-            with use_adapter(expert.model, expert.name):
-                yield
-        else:
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def completion_log_probs(
@@ -95,24 +23,49 @@ def completion_log_probs(
     *,
     batch_size: int,
 ) -> list[list[float]]:
-    """log P_N of each token of each completion behind its prompt, nats.
+    """log P_N(y_t | x, y_<t) of each token of each completion behind its prompt, nats.
 
-    Rows of like length are scored together, `batch_size` at a time.
+    Equation E13. Rows of like length are scored together, `batch_size` at a time.
+
+    Args:
+        expert: what `check_expert` takes.
+        prompt_ids, completion_ids: N rows.
+        batch_size: rows at a time.
 
     Raises:
-        ConfigError: as `token_log_probs`, or for a token id that the expert does not have.
+        ConfigError: if `expert` is none, it does not have a token id, or it reads a model and a
+            completion has nothing before it: a causal model has no distribution of a text's first
+            token.
     """
     check_token_ids(expert, prompt_ids, completion_ids)
     scores: list[list[float]] = [[] for _ in completion_ids]
-    device = device_of(expert) or torch.device("cpu")
     for rows in batches(prompt_ids, completion_ids, batch_size):
         prompts, completions = ([ids[row] for row in rows] for ids in (prompt_ids, completion_ids))
-        keep = max(map(len, completions))
-        ids, mask = padded(prompts, completions, device)
-        logps = token_log_probs(expert, ids, mask, keep).tolist()
-        for row, values in zip(rows, logps, strict=True):
-            scores[row] = values[: len(completion_ids[row])]
+        for row, values in zip(rows, _log_probs(expert, prompts, completions), strict=True):
+            scores[row] = values
     return scores
+
+
+@torch.no_grad()
+def _log_probs(expert: Any, prompts: list, completions: list) -> list[list[float]]:
+    lengths = [len(ids) for ids in completions]
+    if not all(map(len, prompts)) and not hasattr(expert, "token_log_probs"):
+        raise ConfigError(
+            "A causal language model scores a token from those before it, and a text has none "
+            "before its first. Give a prompt of one token or more."
+        )
+    if isinstance(expert, PreTrainedModel | PeftModel | Adapter):
+        with reading(expert):
+            parts = batch_log_probs(expert, prompts, completions).split(lengths)
+        return [part.tolist() for part in parts]
+    keep = max(lengths)
+    ids, mask = padded(prompts, completions, device_of(expert) or torch.device("cpu"))
+    if hasattr(expert, "token_log_probs"):
+        logps = expert.token_log_probs(ids, mask)[:, -keep:].float()
+    else:
+        logits = expert.log_probs(ids, mask)[:, -keep - 1 : -1].float()
+        logps = logits.gather(-1, ids[:, -keep:, None])[..., 0] - logits.logsumexp(-1)
+    return [row[:length] for row, length in zip(logps.tolist(), lengths, strict=True)]
 
 
 def batches(

@@ -99,7 +99,7 @@ def test_a_base_that_has_gone(home, tmp_path):
         (folder / file.name).write_bytes(file.read_bytes())
     config = folder / "adapter_config.json"
     config.write_text(config.read_text().replace(str(home / "base"), str(home / "gone")))
-    with pytest.raises(ConfigError, match="'base of x' cannot be opened"):
+    with pytest.raises(ConfigError, match="The base of the expert 'x' cannot be opened"):
         load_experts({"x": str(folder)})
     config.write_text(config.read_text().replace(f'"{home / "gone"}"', "null"))
     with pytest.raises(ConfigError, match="does not say which model it belongs to"):

@@ -143,7 +143,7 @@ OVER_THE_VOCABULARY = {
     ),
     "an adapter on the head": (
         lambda: ProductOfExperts([adapted(("lm_head",)), model(2)], [0.6, 0.7]),
-        "of '0', the KL over the vocabulary reads the LM head, which has an adapter",
+        "of '0', the LM head is read as a matrix here, and it has an adapter",
     ),
     "a head of each adapter": (
         lambda: two_heads(),

@@ -1,4 +1,4 @@
-"""Experts multiply token by token: they must number the same tokens alike."""
+"""Models that are compared token by token must number the same tokens alike."""
 
 from collections.abc import Mapping
 from itertools import zip_longest
@@ -13,10 +13,10 @@ def check_vocabularies(tokenizers: Mapping[str, Any]) -> None:
     """Whether tokenizers give every token the same id.
 
     Args:
-        tokenizers: expert's name -> its tokenizer.
+        tokenizers: a model's name, for the error -> its tokenizer.
 
     Raises:
-        ConfigError: if two do not; with the experts and the first token that differs.
+        ConfigError: if two do not; with the names and the first token that differs.
     """
     first, *others = tokenizers
     known = _tokens(tokenizers[first])
@@ -24,10 +24,9 @@ def check_vocabularies(tokenizers: Mapping[str, Any]) -> None:
         for index, (one, other) in enumerate(zip_longest(known, _tokens(tokenizers[name]))):
             if one != other:
                 raise ConfigError(
-                    f"The experts {first!r} and {name!r} have different vocabularies: token "
-                    f"{index} is {_shown(one)} for {first!r} and {_shown(other)} for {name!r}. A "
-                    "product multiplies the probabilities of one token; take experts of one "
-                    "tokenizer."
+                    f"{first!r} and {name!r} have different vocabularies: token {index} is "
+                    f"{_shown(one)} for {first!r} and {_shown(other)} for {name!r}. Their "
+                    "probabilities of one token are put together; take models of one tokenizer."
                 )
 
 
