@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trl_ext.gibbs_prm.scored import GibbsScores, MonteCarloScores, PrefixScores
+    from trl_ext.gibbs_prm.scorer import GibbsScorer
 
 _HOMES = {
+    "GibbsScorer": "scorer",
     "GibbsScores": "scored",
     "MonteCarloScores": "scored",
     "PrefixScores": "scored",
 }
 
-__all__ = ["GibbsScores", "MonteCarloScores", "PrefixScores"]
+__all__ = ["GibbsScorer", "GibbsScores", "MonteCarloScores", "PrefixScores"]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,8 @@ class PrefixScores:
         standard_errors: of each prefix score, from a finite sample; None: it is no estimate.
         notes: what the reader of the scores should know, such as steps that were rounded to whole
             tokens.
+        merged_into: for each step that was asked for, the step here that it is part of: boundaries
+            within one token make one step of two. Empty where nothing says.
     """
 
     prompt: Any
@@ -33,6 +35,7 @@ class PrefixScores:
     beta: float
     standard_errors: list[float] | None = None
     notes: list[str] = field(default_factory=list)
+    merged_into: list[int] = field(default_factory=list)
 
     @property
     def step_rewards(self) -> list[float]:
