@@ -35,14 +35,8 @@ def check_device(name: str | None) -> None:
         ) from error
 
 
-def load(
-    args: argparse.Namespace, experts: Mapping[str, str], weights: Mapping[str, float]
-) -> "ProductOfExperts":
-    """The product, with its tokenizer.
-
-    Raises:
-        ConfigError: if an expert cannot be opened, or none has a tokenizer.
-    """
+def quiet_loading() -> None:
+    """Keep out of the output what other libraries say as models load, and no user can act on."""
     # Said at import of a kernel that nothing here uses; it reads as if the installation had failed.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # peft's own use of a name that transformers renames.
@@ -51,6 +45,17 @@ def load(
 
     if not sys.stderr.isatty():
         disable_progress_bar()
+
+
+def load(
+    args: argparse.Namespace, experts: Mapping[str, str], weights: Mapping[str, float]
+) -> "ProductOfExperts":
+    """The product, with its tokenizer.
+
+    Raises:
+        ConfigError: if an expert cannot be opened, or none has a tokenizer.
+    """
+    quiet_loading()
     from trl_ext.poe.loading import load_product
 
     product = load_product(

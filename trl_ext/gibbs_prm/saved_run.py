@@ -108,4 +108,5 @@ def _default(trainer: Any) -> float | None:
     name = f"{made.__name__.removesuffix('Trainer')}Config"
     config = getattr(sys.modules[made.__module__], name, None)
     options = fields(config) if config is not None and is_dataclass(config) else ()
-    return next((option.default for option in options if option.name == "beta"), None)
+    defaults: list[Any] = [option.default for option in options if option.name == "beta"]
+    return defaults[0] if defaults else None

@@ -1,7 +1,6 @@
 """The Gibbs policy as a process reward model: every prefix scored by one pass of two models."""
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -108,11 +107,42 @@ class GibbsScorer:
             DataError: if a row cannot be tokenised, or its steps are not its text.
             RunError: if a model gives a token probability 0 or NaN.
         """
+        of_row, encoded = self._encoded(prompts, completions, steps, completion_ids, append_eos)
+        ratios = self.token_log_ratios(
+            [each.prompt_ids for each in encoded], [each.completion_ids for each in encoded]
+        )
+        rows = zip(prompts, completions, encoded, ratios, of_row, strict=True)
+        return [self._scored(*row) for row in rows]
+
+    def check(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        steps: Any = "newline",
+        *,
+        completion_ids: TokenIds | None = None,
+        append_eos: bool = False,
+    ) -> None:
+        """Whether `score` can score these: without a model, at the cost of tokenising.
+
+        Raises:
+            ConfigError, DataError: as `score`.
+        """
+        of_row, encoded = self._encoded(prompts, completions, steps, completion_ids, append_eos)
+        for each, how in zip(encoded, of_row, strict=True):
+            cut(each, how)
+        for model in (self.policy, self.reference):
+            check_rows(model, [e.prompt_ids for e in encoded], [e.completion_ids for e in encoded])
+
+    def _encoded(
+        self, prompts: Any, completions: Any, steps: Any, completion_ids: Any, append_eos: bool
+    ) -> tuple[list[Any], list[Encoded]]:
+        """How each row is cut, and each row in tokens."""
         _check_lengths(prompts, completions, completion_ids)
-        of_row = [steps] * len(prompts) if not _is_given(steps) else _one_each(steps, prompts)
+        of_row = _one_each(steps, prompts) if _is_given(steps) else [steps] * len(prompts)
         for each in of_row if _is_given(steps) else [steps]:
             check_steps(each)
-        encoded = [
+        return of_row, [
             encode(
                 prompt,
                 completion,
@@ -122,13 +152,6 @@ class GibbsScorer:
                 row=row,
             )
             for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
-        ]
-        ratios = self.token_log_ratios(
-            [each.prompt_ids for each in encoded], [each.completion_ids for each in encoded]
-        )
-        return [
-            self._scored(*row)
-            for row in zip(prompts, completions, encoded, ratios, of_row, strict=True)
         ]
 
     def token_log_ratios(self, prompt_ids: TokenIds, completion_ids: TokenIds) -> list[Tensor]:
@@ -194,12 +217,6 @@ class GibbsScorer:
                 "completion: there is no finite log-ratio. Load the model in float32, and look at "
                 "its weights."
             )
-
-
-def batches(rows: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    """Rows by `size`: a window that is sorted by length as a whole."""
-    while window := list(islice(rows, size)):
-        yield window
 
 
 def _is_given(steps: Any) -> bool:

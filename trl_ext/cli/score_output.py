@@ -1,0 +1,126 @@
+"""What `trl_ext score` shows: steps of a few completions, a summary of many, a page."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from trl_ext.gibbs_prm.scored_file import ScoredRow
+    from trl_ext.gibbs_prm.scorer import GibbsScorer
+
+_WORST = 5
+
+
+class StoredRows:
+    """The rows of a scored file, to be gone through as often as one likes."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __iter__(self) -> "Iterator[ScoredRow]":
+        from trl_ext.gibbs_prm.scored_file import read_scored
+
+        return read_scored(self.path)
+
+
+def print_tables(rows: "Sequence[ScoredRow]") -> None:
+    """Each completion with its steps."""
+    console = Console(highlight=False)
+    for row in rows:
+        scores = row.scores
+        table = Table("step", "reward", "score", "text")
+        for column in table.columns[:3]:
+            column.justify = "right"
+        for index, text in enumerate(scores.steps):
+            style = "bold" if index == scores.worst_step and len(scores.steps) > 1 else ""
+            table.add_row(
+                str(index),
+                f"{scores.step_rewards[index]:+.3f}",
+                f"{scores.prefix_scores[index]:+.3f}",
+                Text(text.rstrip("\n")),
+                style=style,
+            )
+        console.print(table)
+        for note in scores.notes:
+            console.print(f"note: {note}", markup=False)
+
+
+def print_summary(rows: "Iterable[ScoredRow]") -> None:
+    """Mean scores by label, and the worst steps."""
+    console = Console(highlight=False)
+    by_label: dict[str, list[float]] = {}
+    worst: list[tuple[float, int, int, int, str]] = []
+    rounded = 0
+    for row in rows:
+        scores = row.scores
+        by_label.setdefault(_label(row.label), []).append(scores.score)
+        rounded += bool(scores.notes)
+        if (step := scores.worst_step) is not None:
+            worst.append((scores.step_rewards[step], row.row, row.sample, step, scores.steps[step]))
+            worst = sorted(worst)[:_WORST]
+    for label, values in sorted(by_label.items()):
+        console.print(f"{label}: {len(values)} completions, mean score {fmean(values):+.4f}")
+    if rounded:
+        console.print(f"{rounded} completions have notes, such as on steps rounded to tokens")
+    table = Table("row", "sample", "step", "reward", "text", title="the lowest step rewards")
+    for reward, number, sample, step, text in worst:
+        brief = " ".join(text.split())
+        brief = brief if len(brief) <= 60 else brief[:57] + "..."
+        table.add_row(str(number), str(sample), str(step), f"{reward:+.3f}", Text(brief))
+    if worst:
+        console.print(table)
+
+
+def _label(label: Any) -> str:
+    if label is None:
+        return "all"
+    if isinstance(label, bool):
+        return "right" if label else "wrong"
+    return "right" if label >= 1 else "wrong" if label <= 0 else "between"
+
+
+def page(
+    rows: "Iterable[ScoredRow]",
+    path: Path,
+    scorer: "GibbsScorer",
+    source: str | None,
+    most: int,
+) -> None:
+    """Write the page of the first `most` completions."""
+    from trl_ext.gibbs_prm.page import write_page
+
+    known: list[tuple[Any, Any, str]] = [
+        (row.label, row.first_error, f"{row.row}.{row.sample}") for row in islice(rows, most + 1)
+    ]
+    if len(known) > most:
+        print(f"--html: the page shows the first {most} completions")
+        known = known[:most]
+    labels: list[Any] = [label for label, _, _ in known]
+    first_errors: list[Any] = [first_error for _, first_error, _ in known]
+    about = {**scorer.names, "beta": f"{scorer.beta:g}"} | ({"file": source} if source else {})
+    write_page(
+        _First(rows, most),
+        path,
+        about=about,
+        labels=labels if any(each is not None for each in labels) else None,
+        first_errors=first_errors if any(e is not None for e in first_errors) else None,
+        ids=[name for _, _, name in known],
+    )
+    print(f"{path}: written")
+
+
+class _First:
+    """The scores of the first rows, walked twice by the page."""
+
+    def __init__(self, rows: "Iterable[ScoredRow]", most: int):
+        self.rows = rows
+        self.most = most
+
+    def __iter__(self) -> Iterator[Any]:
+        return (row.scores for row in islice(self.rows, self.most))

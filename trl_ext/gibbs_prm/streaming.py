@@ -1,0 +1,102 @@
+"""Score a stream of rows in windows: a window is in memory and sorted by length, the stream not."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from trl_ext.errors import ConfigError, DataError, TrlExtError
+from trl_ext.gibbs_prm.files import Row
+from trl_ext.gibbs_prm.scored_file import ScoredRow
+from trl_ext.gibbs_prm.scorer import GibbsScorer
+
+GIVEN = "given"
+_Place = tuple[int, int, Row]
+
+
+def score_rows(
+    scorer: GibbsScorer,
+    rows: Iterable[Row],
+    steps: Any = None,
+    *,
+    skip: int = 0,
+    window: int = 512,
+    append_eos: bool = False,
+) -> Iterator[list[ScoredRow]]:
+    """Score every completion of every row, in their order.
+
+    Args:
+        scorer: what scores.
+        rows: as `read_rows` gives them.
+        steps: as `GibbsScorer.score` takes for all completions; "given": those of the rows; None:
+            those of the rows where they have some, else "newline".
+        skip: completions at the beginning that are scored already.
+        window: completions that are sorted by length together.
+        append_eos: as in `GibbsScorer.score`.
+
+    Yields:
+        The scored completions of a window.
+
+    Raises:
+        DataError: for a row that cannot be scored, with its place; or "given" steps that it lacks.
+        ConfigError, RunError: as `GibbsScorer.score`.
+    """
+    places = islice(_places(rows), skip, None)
+    while part := list(islice(places, window)):
+        cuts = [_steps_of(*place, steps) for place in part]
+        completions = [row.completions[sample] for _, sample, row in part]
+        prompts = [row.prompt for _, _, row in part]
+        try:
+            scored = scorer.score(prompts, completions, cuts, append_eos=append_eos)
+        except (ConfigError, DataError) as error:
+            raise _located(scorer, part, cuts, append_eos, error) from error
+        yield [
+            ScoredRow(
+                number,
+                sample,
+                scores,
+                id=row.id,
+                label=_of(row.labels, sample),
+                first_error=_of(row.first_errors, sample),
+                answer=_of(row.answers, sample),
+                columns=row.columns,
+            )
+            for (number, sample, row), scores in zip(part, scored, strict=True)
+        ]
+
+
+def _places(rows: Iterable[Row]) -> Iterator[_Place]:
+    for number, row in enumerate(rows):
+        for sample in range(len(row.completions)):
+            yield number, sample, row
+
+
+def _steps_of(number: int, sample: int, row: Row, steps: Any) -> Any:
+    given = _of(row.steps, sample)
+    if steps == GIVEN and given is None:
+        raise DataError(
+            f"row {number} has no steps of its own, and steps is {GIVEN!r}. Give the row the key "
+            "'steps', or a rule such as newline."
+        )
+    if steps is None or steps == GIVEN:
+        return "newline" if given is None else given
+    return steps
+
+
+def _of(values: Any, sample: int) -> Any:
+    return None if values is None else values[sample]
+
+
+def _located(
+    scorer: GibbsScorer, part: list[_Place], cuts: list[Any], append_eos: bool, error: TrlExtError
+) -> TrlExtError:
+    """The error of a window once more, as that of the row of the input that it is about.
+
+    Rows of a window have numbers of their own in it: each is tried by itself, without a model.
+    """
+    for (number, sample, row), cut in zip(part, cuts, strict=True):
+        try:
+            scorer.check([row.prompt], [row.completions[sample]], [cut], append_eos=append_eos)
+        except (ConfigError, DataError) as own:
+            text = str(own).removeprefix("row 0: ").removeprefix("Row 0: ")
+            return type(own)(f"Row {number} of the input, completion {sample}: {text}")
+    return error
