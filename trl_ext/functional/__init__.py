@@ -9,6 +9,14 @@ from trl_ext.functional.advantages import (
 )
 from trl_ext.functional.aggregate import TokenAggregation, aggregate_tokens
 from trl_ext.functional.baselines import Baseline, baseline, held_returns, score_norms
+from trl_ext.functional.calibration import (
+    Binning,
+    Reliability,
+    brier,
+    expected_calibration_error,
+    reliability,
+    success_probability,
+)
 from trl_ext.functional.experts import (
     entropy,
     entropy_weights,
@@ -27,18 +35,31 @@ from trl_ext.functional.gibbs import (
 from trl_ext.functional.kl import exact_forward_kl, exact_kl, k1, k2, k3, topk_kl
 from trl_ext.functional.masking import masked_mean, masked_moments, masked_sum
 from trl_ext.functional.policy_loss import clipped_surrogate, value_loss, weighted_nll
+from trl_ext.functional.ranking import (
+    kendall_tau_b,
+    mean_ranks,
+    pairwise_differences,
+    probability_greater,
+    spearman,
+)
+from trl_ext.functional.selection import best_of_n_accuracy, majority_accuracy
 
 __all__ = [
     "Baseline",
+    "Binning",
+    "Reliability",
     "TokenAggregation",
     "aggregate_tokens",
     "baseline",
+    "best_of_n_accuracy",
+    "brier",
     "clipped_surrogate",
     "effective_sample_size",
     "entropy",
     "entropy_weights",
     "exact_forward_kl",
     "exact_kl",
+    "expected_calibration_error",
     "gae",
     "gibbs_weights",
     "held_returns",
@@ -46,18 +67,26 @@ __all__ = [
     "k1",
     "k2",
     "k3",
+    "kendall_tau_b",
     "log_mean_exp",
+    "majority_accuracy",
     "masked_mean",
     "masked_moments",
     "masked_sum",
+    "mean_ranks",
     "next_values",
     "off_policy_credit",
     "optimism",
+    "pairwise_differences",
     "plausible",
     "prefix_log_ratio",
+    "probability_greater",
     "product_of_experts",
+    "reliability",
     "reward_to_go",
     "score_norms",
+    "spearman",
+    "success_probability",
     "topk_kl",
     "value_loss",
     "weight_entropy",

@@ -7,17 +7,51 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trl_ext.gibbs_prm.files import read_rows
+    from trl_ext.gibbs_prm.metrics import load_metric
+    from trl_ext.gibbs_prm.monte_carlo import MonteCarloScorer
+    from trl_ext.gibbs_prm.page import write_page
+    from trl_ext.gibbs_prm.ranking import agreement, rank_prefixes
+    from trl_ext.gibbs_prm.rollout_vllm import VLLMSampler
+    from trl_ext.gibbs_prm.sampling import GenerateSampler
     from trl_ext.gibbs_prm.scored import GibbsScores, MonteCarloScores, PrefixScores
     from trl_ext.gibbs_prm.scorer import GibbsScorer
+    from trl_ext.gibbs_prm.separation import separation
+    from trl_ext.gibbs_prm.streaming import score_rows
 
 _HOMES = {
+    "GenerateSampler": "sampling",
     "GibbsScorer": "scorer",
     "GibbsScores": "scored",
+    "MonteCarloScorer": "monte_carlo",
     "MonteCarloScores": "scored",
     "PrefixScores": "scored",
+    "VLLMSampler": "rollout_vllm",
+    "agreement": "ranking",
+    "load_metric": "metrics",
+    "rank_prefixes": "ranking",
+    "read_rows": "files",
+    "score_rows": "streaming",
+    "separation": "separation",
+    "write_page": "page",
 }
 
-__all__ = ["GibbsScorer", "GibbsScores", "MonteCarloScores", "PrefixScores"]
+__all__ = [
+    "GenerateSampler",
+    "GibbsScorer",
+    "GibbsScores",
+    "MonteCarloScorer",
+    "MonteCarloScores",
+    "PrefixScores",
+    "VLLMSampler",
+    "agreement",
+    "load_metric",
+    "rank_prefixes",
+    "read_rows",
+    "score_rows",
+    "separation",
+    "write_page",
+]
 
 
 def __getattr__(name: str) -> Any:
