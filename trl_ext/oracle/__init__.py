@@ -10,6 +10,12 @@ The judge of every algorithm in trl_ext. Importing it registers `TabularLM` with
     model.load_table(space.table_of(target))  # now distance is 0
 """
 
+from trl_ext.oracle.branching import (
+    branching_prefix_value,
+    extinction_probability,
+    generation_moments,
+    offspring_moments,
+)
 from trl_ext.oracle.chain import absorption
 from trl_ext.oracle.enumeration import Enumeration
 from trl_ext.oracle.exact import (
@@ -38,11 +44,15 @@ __all__ = [
     "TabularLMConfig",
     "TabularModel",
     "absorption",
+    "branching_prefix_value",
     "exact_gradient",
     "expected_reward",
+    "extinction_probability",
+    "generation_moments",
     "gibbs_logps",
     "kl_divergence",
     "log_partition",
+    "offspring_moments",
     "projection_loss",
     "regularised_reward",
     "ruin_duration",

@@ -1,0 +1,353 @@
+"""From a prompt and a completion to token ids, and to where each token ends in the text."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from trl_ext.errors import ConfigError, DataError
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt and its completion as a causal model reads them; T tokens of completion.
+
+    Attributes:
+        prompt_ids: at least one.
+        completion_ids: T of them, tokenised apart from the prompt, as a policy generates them.
+        text: of the completion, special tokens included.
+        tokens: T texts; joined they are `text`. A character of several tokens belongs to the
+            token that completes it, and the others are empty.
+        token_ends: T numbers of characters, non-decreasing: where each token ends in `text`.
+        is_own: T of them, whether the policy wrote the token: False in what a user, a tool or the
+            chat template put into a conversational completion.
+        turn_ends: where each message of a conversational completion ends in `text`; [] of a text.
+        end_text: of the special tokens that `text` ends with, such as "<|im_end|>".
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    text: str
+    tokens: list[str]
+    token_ends: list[int]
+    is_own: list[bool]
+    turn_ends: list[int]
+    end_text: str = ""
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A completion as text: the ranges that the policy wrote, and where its messages end."""
+
+    text: str
+    own: list[tuple[int, int]]
+    turn_ends: list[int]
+
+
+def encode(
+    prompt: str | Messages,
+    completion: str | Messages,
+    tokenizer: Any,
+    *,
+    completion_ids: Sequence[int] | None = None,
+    append_eos: bool = False,
+    row: int | None = None,
+) -> Encoded:
+    """Tokenise a prompt and its completion, each by itself, as TRL's online trainers see them.
+
+    A conversational completion is what the chat template writes behind the prompt and its
+    generation prompt, up to the end-of-turn token of the last message.
+
+    Args:
+        prompt: a text, or messages {role, content}.
+        completion: of the same kind; it may be empty.
+        tokenizer: of the policy.
+        completion_ids: as generated; then they are used as they are, and the text of the
+            completion is what they decode to.
+        append_eos: end a completion that is a text with the end-of-sequence token, unless it is
+            there; no effect on messages and on `completion_ids`.
+        row: of the data, counted from 0, for errors.
+
+    Raises:
+        DataError: if prompt or completion is neither text nor messages, or they are of two kinds,
+            hold half a character, or the prompt has no token; if the chat template does not
+            render the prompt as the beginning of the conversation, or the ids decode to
+            something else than several messages say.
+        ConfigError: if the tokenizer lacks the chat template or the end-of-sequence token needed.
+    """
+    where = "" if row is None else f"row {row}: "
+    _check(prompt, completion, where)
+    if isinstance(prompt, list) and not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            f"{where}the prompt is a list of messages, and the tokenizer has no chat template. "
+            "Give prompt and completion as texts, or set tokenizer.chat_template."
+        )
+    prompt_ids = _prompt_ids(prompt, tokenizer, where)
+    if isinstance(prompt, list) and isinstance(completion, list):
+        rendered = _conversation(prompt, completion, tokenizer, where)
+    else:
+        rendered = _Rendered(str(completion), [(0, len(completion))], [])
+    if completion_ids is not None:
+        ids = _checked_ids(completion_ids, where)
+        text, ends = _decode(ids, tokenizer)
+    else:
+        ids, text, ends = _tokenise(rendered.text, tokenizer)
+        if append_eos and isinstance(completion, str):
+            ids, text, ends = _with_eos(ids, text, ends, tokenizer)
+    rendered = _fitted(rendered, text, where)
+    tokens = [text[begin:end] for begin, end in pairwise([0, *ends])]
+    own = _is_own(rendered, ends)
+    end_text = _end_text(ids, tokens, tokenizer)
+    return Encoded(prompt_ids, ids, text, tokens, ends, own, rendered.turn_ends, end_text)
+
+
+def _check(prompt: Any, completion: Any, where: str) -> None:
+    for what, value in (("prompt", prompt), ("completion", completion)):
+        if not isinstance(value, str | list):
+            raise DataError(
+                f"{where}the {what} is {short(value)}, a {type(value).__name__}; it must be a "
+                'text or a list of messages {"role": "user", "content": "…"}.'
+            )
+        for text in [value] if isinstance(value, str) else _contents(value, f"{where}the {what}"):
+            _check_characters(text, f"{where}the {what}")
+    if isinstance(prompt, str) != isinstance(completion, str):
+        kinds = ("a text", "a list of messages")
+        this, other = kinds if isinstance(prompt, str) else kinds[::-1]
+        raise DataError(
+            f"{where}the prompt is {this} and the completion is {other}. Write both in one way."
+        )
+    if prompt == []:
+        raise DataError(f"{where}the prompt is an empty list; it must hold a message.")
+    if completion and isinstance(completion, list) and not any(map(_by_policy, completion)):
+        raise DataError(
+            f"{where}the completion has no message with the role 'assistant': nothing in it is "
+            "the policy's, so nothing can be scored."
+        )
+
+
+def _by_policy(message: dict[str, Any]) -> bool:
+    return message["role"] == "assistant"
+
+
+def _contents(messages: list[Any], what: str) -> Iterator[str]:
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise DataError(
+                f"{what}: message {index} is {short(message)}; it must be "
+                '{"role": "user", "content": "…"}.'
+            )
+        content = message.get("content")
+        # A turn that only calls tools says nothing. Parts (a list) would be printed as Python's
+        # list by most templates of text models.
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            raise DataError(
+                f"{what}: the content of message {index} is {short(content)}; it must be a text. "
+                "Join the texts of a message that has several parts."
+            )
+        yield content or ""
+
+
+def _check_characters(text: str, what: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{what} has half a character, {text[error.start]!r}, at {error.start}, which no "
+            "tokenizer takes. Repair it, for example with text.encode('utf-8', 'replace').decode()."
+        ) from error
+
+
+def _prompt_ids(prompt: str | Messages, tokenizer: Any, where: str) -> list[int]:
+    if isinstance(prompt, str):
+        ids = tokenizer(text=prompt)["input_ids"]
+    else:
+        text = _render(prompt, tokenizer, where, open_turn=True)
+        ids = tokenizer(text=text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise DataError(
+            f"{where}the prompt {short(prompt)} has no token, so that the model has nothing to "
+            "condition the first token of the completion on. Begin the prompt with some text, such "
+            "as the tokenizer's bos_token."
+        )
+    return list(ids)
+
+
+def _render(messages: Messages, tokenizer: Any, where: str, *, open_turn: bool) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=open_turn
+        )
+    except (TemplateError, TypeError) as error:
+        raise DataError(
+            f"{where}the tokenizer's chat template cannot render {short(messages)}: {error}. Give "
+            "messages that the template takes, or texts."
+        ) from error
+
+
+def _conversation(prompt: Messages, completion: Messages, tokenizer: Any, where: str) -> _Rendered:
+    """The messages behind the prompt, of which the last ends with its end-of-turn token."""
+    if not completion:
+        return _Rendered("", [], [])
+    whole = _render(prompt + completion, tokenizer, where, open_turn=False)
+
+    def length_of(count: int, *, open_turn: bool) -> int:
+        part = _render(prompt + completion[:count], tokenizer, where, open_turn=open_turn)
+        if whole.startswith(part):
+            return len(part)
+        raise DataError(
+            f"{where}the tokenizer's chat template does not render the prompt and {count} messages "
+            f"of the completion, {short(part[-40:])} at their end, as the beginning of the whole "
+            "conversation. Render them yourself and give prompt and completion as texts."
+        )
+
+    begin = end = length_of(0, open_turn=True)
+    own, turn_ends = [], []
+    for count, message in enumerate(completion, start=1):
+        start = length_of(count - 1, open_turn=True) if _by_policy(message) else end
+        end = length_of(count, open_turn=False)
+        written = start + _written(whole[start:end], message, tokenizer)
+        if _by_policy(message):
+            own.append((start - begin, written - begin))
+        turn_ends.append((written if count == len(completion) else end) - begin)
+    return _Rendered(whole[begin : begin + turn_ends[-1]], own, turn_ends)
+
+
+def _written(turn: str, message: dict[str, Any], tokenizer: Any) -> int:
+    """Characters up to the end-of-turn token: the line break behind it is the template's alone."""
+    ends = "|".join(map(re.escape, sorted(_special(tokenizer).values(), key=len, reverse=True)))
+    closing = re.search(rf"({ends})(?:\s|{ends})*\Z", turn) if ends else None
+    if closing:
+        return closing.end(1)
+    content = message.get("content") or ""
+    kept = len(content) - len(content.rstrip())
+    return min(len(turn.rstrip()) + kept, len(turn))
+
+
+def _special(tokenizer: Any) -> dict[int, str]:
+    named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+    return dict(named) | {
+        index: str(token)
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if token.special
+    }
+
+
+def _checked_ids(ids: Sequence[int], where: str) -> list[int]:
+    wrong = [i for i in ids if not isinstance(i, int) or isinstance(i, bool) or i < 0]
+    if wrong:
+        raise DataError(
+            f"{where}completion_ids holds {wrong[0]!r}; it must be a list of token ids, whole "
+            "numbers from 0. Leave padding out, and give tensor.tolist() of a tensor."
+        )
+    return list(ids)
+
+
+def _tokenise(text: str, tokenizer: Any) -> tuple[list[int], str, list[int]]:
+    """Ids, and where their tokens end in the text: this one, or what a slow tokenizer makes of it.
+
+    A token ends where the next one begins at the latest: all tokens of one character have its
+    place. What a tokenizer drops between two tokens goes to the second.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        ids = list(tokenizer(text=text, add_special_tokens=False)["input_ids"])
+        return ids, *_decode(ids, tokenizer)
+    encoding = tokenizer(text=text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, places = list(encoding["input_ids"]), encoding["offset_mapping"]
+    if not ids:
+        return [], "", []
+    ends: list[int] = []
+    for (_, end), (following, _) in pairwise(places):
+        ends.append(max(min(end, following), ends[-1] if ends else 0))
+    return ids, text, [*ends, len(text)]
+
+
+def _with_eos(
+    ids: list[int], text: str, ends: list[int], tokenizer: Any
+) -> tuple[list[int], str, list[int]]:
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            "append_eos is True, and the tokenizer has no end-of-sequence token. Set "
+            "tokenizer.eos_token, or append_eos to False."
+        )
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        return ids, text, ends
+    text += tokenizer.eos_token
+    return [*ids, tokenizer.eos_token_id], text, [*ends, len(text)]
+
+
+def _decode(ids: list[int], tokenizer: Any) -> tuple[str, list[int]]:
+    """The text of ids, and where each of them ends in it."""
+    text = _text_of(ids, tokenizer)
+    ends = _ends_in_windows(ids, text, tokenizer)
+    if ends and ends[-1] != len(text):
+        # A decoder whose text of a token depends on more than the tokens near it.
+        ends = [_common(_text_of(ids[: i + 1], tokenizer), text) for i in range(len(ids))]
+        ends = [max(ends[: i + 1]) for i in range(len(ids) - 1)] + [len(text)]
+    return text, ends
+
+
+def _ends_in_windows(ids: list[int], text: str, tokenizer: Any) -> list[int]:
+    """Decoded behind a few tokens, one has the text that it adds; time linear in the ids."""
+    ends: list[int] = []
+    context = first = done = 0
+    for index in range(len(ids)):
+        before = _text_of(ids[context:first], tokenizer)
+        new = _text_of(ids[context : index + 1], tokenizer)[len(before) :]
+        length = _common(new, text[done : done + len(new)])
+        ends.append(max(done + length, ends[-1] if ends else 0))
+        if new and length == len(new):
+            context, first, done = first, index + 1, done + length
+    return ends
+
+
+def _common(one: str, other: str) -> int:
+    """Characters that both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _text_of(ids: list[int], tokenizer: Any) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _fitted(rendered: _Rendered, text: str, where: str) -> _Rendered:
+    """`rendered` for the text that the ids have: a generation may lack its end, or go on."""
+    if rendered.text == text:
+        return rendered
+    if len(rendered.turn_ends) <= 1:
+        turn_ends = [len(text)] if rendered.turn_ends else []
+        return _Rendered(text, [(0, len(text))], turn_ends)
+    same = _common(rendered.text, text) == min(len(rendered.text), len(text))
+    if not same or len(text) <= rendered.turn_ends[-2]:
+        raise DataError(
+            f"{where}the ids of the completion decode to {short(text)}, and its messages are "
+            f"{short(rendered.text)} in the tokenizer's chat template. Leave completion_ids out, "
+            "or give prompt and completion as texts."
+        )
+    (start, _), end = rendered.own[-1], len(text)
+    own = [*rendered.own[:-1], (start, end)]
+    return _Rendered(text, own, [*rendered.turn_ends[:-1], end])
+
+
+def _is_own(rendered: _Rendered, ends: list[int]) -> list[bool]:
+    """Whether the character that each token begins with, or is a part of, is the policy's."""
+    last = len(rendered.text) - 1
+    starts = [min(start, last) for start in [0, *ends[:-1]][: len(ends)]]
+    return [any(a <= start < b for a, b in rendered.own) for start in starts]
+
+
+def _end_text(ids: list[int], tokens: list[str], tokenizer: Any) -> str:
+    special = _special(tokenizer)
+    count = next((n for n, i in enumerate(reversed(ids)) if i not in special), len(ids))
+    return "".join(tokens[len(tokens) - count :])
+
+
+def short(value: Any) -> str:
+    """A value as Python writes it, cut for an error message."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
