@@ -34,6 +34,10 @@ from trl_ext.functional.gibbs import (
 )
 from trl_ext.functional.kl import exact_forward_kl, exact_kl, k1, k2, k3, topk_kl
 from trl_ext.functional.masking import masked_mean, masked_moments, masked_sum
+from trl_ext.functional.monte_carlo import (
+    log_mean_exp_standard_error,
+    standard_error_is_believed,
+)
 from trl_ext.functional.policy_loss import clipped_surrogate, value_loss, weighted_nll
 from trl_ext.functional.ranking import (
     kendall_tau_b,
@@ -69,6 +73,7 @@ __all__ = [
     "k3",
     "kendall_tau_b",
     "log_mean_exp",
+    "log_mean_exp_standard_error",
     "majority_accuracy",
     "masked_mean",
     "masked_moments",
@@ -86,6 +91,7 @@ __all__ = [
     "reward_to_go",
     "score_norms",
     "spearman",
+    "standard_error_is_believed",
     "success_probability",
     "topk_kl",
     "value_loss",
