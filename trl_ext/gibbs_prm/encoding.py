@@ -1,14 +1,21 @@
 """From a prompt and a completion to token ids, and to where each token ends in the text."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from trl_ext.errors import ConfigError, DataError
-
-Messages = list[dict[str, Any]]
+from trl_ext.gibbs_prm.chat import (
+    Messages,
+    Rendered,
+    by_policy,
+    conversation,
+    render,
+    short,
+    special_tokens,
+)
+from trl_ext.gibbs_prm.decoding import common, decode
 
 
 @dataclass(frozen=True)
@@ -36,15 +43,6 @@ class Encoded:
     is_own: list[bool]
     turn_ends: list[int]
     end_text: str = ""
-
-
-@dataclass(frozen=True)
-class _Rendered:
-    """A completion as text: the ranges that the policy wrote, and where its messages end."""
-
-    text: str
-    own: list[tuple[int, int]]
-    turn_ends: list[int]
 
 
 def encode(
@@ -87,12 +85,12 @@ def encode(
         )
     prompt_ids = _prompt_ids(prompt, tokenizer, where)
     if isinstance(prompt, list) and isinstance(completion, list):
-        rendered = _conversation(prompt, completion, tokenizer, where)
+        rendered = conversation(prompt, completion, tokenizer, where)
     else:
-        rendered = _Rendered(str(completion), [(0, len(completion))], [])
+        rendered = Rendered(str(completion), [(0, len(completion))], [])
     if completion_ids is not None:
         ids = _checked_ids(completion_ids, where)
-        text, ends = _decode(ids, tokenizer)
+        text, ends = decode(ids, tokenizer)
     else:
         ids, text, ends = _tokenise(rendered.text, tokenizer)
         if append_eos and isinstance(completion, str):
@@ -121,15 +119,11 @@ def _check(prompt: Any, completion: Any, where: str) -> None:
         )
     if prompt == []:
         raise DataError(f"{where}the prompt is an empty list; it must hold a message.")
-    if completion and isinstance(completion, list) and not any(map(_by_policy, completion)):
+    if completion and isinstance(completion, list) and not any(map(by_policy, completion)):
         raise DataError(
             f"{where}the completion has no message with the role 'assistant': nothing in it is "
             "the policy's, so nothing can be scored."
         )
-
-
-def _by_policy(message: dict[str, Any]) -> bool:
-    return message["role"] == "assistant"
 
 
 def _contents(messages: list[Any], what: str) -> Iterator[str]:
@@ -164,7 +158,7 @@ def _prompt_ids(prompt: str | Messages, tokenizer: Any, where: str) -> list[int]
     if isinstance(prompt, str):
         ids = tokenizer(text=prompt)["input_ids"]
     else:
-        text = _render(prompt, tokenizer, where, open_turn=True)
+        text = render(prompt, tokenizer, where, open_turn=True)
         ids = tokenizer(text=text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise DataError(
@@ -173,68 +167,6 @@ def _prompt_ids(prompt: str | Messages, tokenizer: Any, where: str) -> list[int]
             "as the tokenizer's bos_token."
         )
     return list(ids)
-
-
-def _render(messages: Messages, tokenizer: Any, where: str, *, open_turn: bool) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=open_turn
-        )
-    except (TemplateError, TypeError) as error:
-        raise DataError(
-            f"{where}the tokenizer's chat template cannot render {short(messages)}: {error}. Give "
-            "messages that the template takes, or texts."
-        ) from error
-
-
-def _conversation(prompt: Messages, completion: Messages, tokenizer: Any, where: str) -> _Rendered:
-    """The messages behind the prompt, of which the last ends with its end-of-turn token."""
-    if not completion:
-        return _Rendered("", [], [])
-    whole = _render(prompt + completion, tokenizer, where, open_turn=False)
-
-    def length_of(count: int, *, open_turn: bool) -> int:
-        part = _render(prompt + completion[:count], tokenizer, where, open_turn=open_turn)
-        if whole.startswith(part):
-            return len(part)
-        raise DataError(
-            f"{where}the tokenizer's chat template does not render the prompt and {count} messages "
-            f"of the completion, {short(part[-40:])} at their end, as the beginning of the whole "
-            "conversation. Render them yourself and give prompt and completion as texts."
-        )
-
-    begin = end = length_of(0, open_turn=True)
-    own, turn_ends = [], []
-    for count, message in enumerate(completion, start=1):
-        start = length_of(count - 1, open_turn=True) if _by_policy(message) else end
-        end = length_of(count, open_turn=False)
-        written = start + _written(whole[start:end], message, tokenizer)
-        if _by_policy(message):
-            own.append((start - begin, written - begin))
-        turn_ends.append((written if count == len(completion) else end) - begin)
-    return _Rendered(whole[begin : begin + turn_ends[-1]], own, turn_ends)
-
-
-def _written(turn: str, message: dict[str, Any], tokenizer: Any) -> int:
-    """Characters up to the end-of-turn token: the line break behind it is the template's alone."""
-    ends = "|".join(map(re.escape, sorted(_special(tokenizer).values(), key=len, reverse=True)))
-    closing = re.search(rf"({ends})(?:\s|{ends})*\Z", turn) if ends else None
-    if closing:
-        return closing.end(1)
-    content = message.get("content") or ""
-    kept = len(content) - len(content.rstrip())
-    return min(len(turn.rstrip()) + kept, len(turn))
-
-
-def _special(tokenizer: Any) -> dict[int, str]:
-    named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
-    return dict(named) | {
-        index: str(token)
-        for index, token in tokenizer.added_tokens_decoder.items()
-        if token.special
-    }
 
 
 def _checked_ids(ids: Sequence[int], where: str) -> list[int]:
@@ -255,7 +187,7 @@ def _tokenise(text: str, tokenizer: Any) -> tuple[list[int], str, list[int]]:
     """
     if not getattr(tokenizer, "is_fast", False):
         ids = list(tokenizer(text=text, add_special_tokens=False)["input_ids"])
-        return ids, *_decode(ids, tokenizer)
+        return ids, *decode(ids, tokenizer)
     encoding = tokenizer(text=text, add_special_tokens=False, return_offsets_mapping=True)
     ids, places = list(encoding["input_ids"]), encoding["offset_mapping"]
     if not ids:
@@ -280,49 +212,14 @@ def _with_eos(
     return [*ids, tokenizer.eos_token_id], text, [*ends, len(text)]
 
 
-def _decode(ids: list[int], tokenizer: Any) -> tuple[str, list[int]]:
-    """The text of ids, and where each of them ends in it."""
-    text = _text_of(ids, tokenizer)
-    ends = _ends_in_windows(ids, text, tokenizer)
-    if ends and ends[-1] != len(text):
-        # A decoder whose text of a token depends on more than the tokens near it.
-        ends = [_common(_text_of(ids[: i + 1], tokenizer), text) for i in range(len(ids))]
-        ends = [max(ends[: i + 1]) for i in range(len(ids) - 1)] + [len(text)]
-    return text, ends
-
-
-def _ends_in_windows(ids: list[int], text: str, tokenizer: Any) -> list[int]:
-    """Decoded behind a few tokens, one has the text that it adds; time linear in the ids."""
-    ends: list[int] = []
-    context = first = done = 0
-    for index in range(len(ids)):
-        before = _text_of(ids[context:first], tokenizer)
-        new = _text_of(ids[context : index + 1], tokenizer)[len(before) :]
-        length = _common(new, text[done : done + len(new)])
-        ends.append(max(done + length, ends[-1] if ends else 0))
-        if new and length == len(new):
-            context, first, done = first, index + 1, done + length
-    return ends
-
-
-def _common(one: str, other: str) -> int:
-    """Characters that both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
-def _text_of(ids: list[int], tokenizer: Any) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def _fitted(rendered: _Rendered, text: str, where: str) -> _Rendered:
+def _fitted(rendered: Rendered, text: str, where: str) -> Rendered:
     """`rendered` for the text that the ids have: a generation may lack its end, or go on."""
     if rendered.text == text:
         return rendered
     if len(rendered.turn_ends) <= 1:
         turn_ends = [len(text)] if rendered.turn_ends else []
-        return _Rendered(text, [(0, len(text))], turn_ends)
-    same = _common(rendered.text, text) == min(len(rendered.text), len(text))
+        return Rendered(text, [(0, len(text))], turn_ends)
+    same = common(rendered.text, text) == min(len(rendered.text), len(text))
     if not same or len(text) <= rendered.turn_ends[-2]:
         raise DataError(
             f"{where}the ids of the completion decode to {short(text)}, and its messages are "
@@ -331,10 +228,10 @@ def _fitted(rendered: _Rendered, text: str, where: str) -> _Rendered:
         )
     (start, _), end = rendered.own[-1], len(text)
     own = [*rendered.own[:-1], (start, end)]
-    return _Rendered(text, own, [*rendered.turn_ends[:-1], end])
+    return Rendered(text, own, [*rendered.turn_ends[:-1], end])
 
 
-def _is_own(rendered: _Rendered, ends: list[int]) -> list[bool]:
+def _is_own(rendered: Rendered, ends: list[int]) -> list[bool]:
     """Whether the character that each token begins with, or is a part of, is the policy's."""
     last = len(rendered.text) - 1
     starts = [min(start, last) for start in [0, *ends[:-1]][: len(ends)]]
@@ -342,12 +239,6 @@ def _is_own(rendered: _Rendered, ends: list[int]) -> list[bool]:
 
 
 def _end_text(ids: list[int], tokens: list[str], tokenizer: Any) -> str:
-    special = _special(tokenizer)
+    special = special_tokens(tokenizer)
     count = next((n for n, i in enumerate(reversed(ids)) if i not in special), len(ids))
     return "".join(tokens[len(tokens) - count :])
-
-
-def short(value: Any) -> str:
-    """A value as Python writes it, cut for an error message."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from trl_ext.errors import ConfigError, DataError
-from trl_ext.gibbs_prm import files
+from trl_ext.gibbs_prm import raw_rows
 from trl_ext.gibbs_prm.files import Row, read_rows
 
 USER = {"role": "user", "content": "2+2?"}
@@ -224,7 +224,7 @@ def test_a_long_cell_of_a_csv_file(tmp_path):
 def test_rows_are_read_one_by_one(tmp_path, monkeypatch):
     """What is wrong behind a row does not keep it from being read; nor does a small buffer."""
     good = {"prompt": "p" * 50, "completion": "[1, {"}
-    monkeypatch.setattr(files, "_CHUNK", 16)
+    monkeypatch.setattr(raw_rows, "_CHUNK", 16)
     for name, text in [
         ("r.jsonl", json.dumps(good) + "\n\n{"),
         ("r.json", f" [{json.dumps(good)} , {{"),
@@ -239,7 +239,7 @@ def test_rows_are_read_one_by_one(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 64])
 def test_an_array_is_read_in_pieces(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(files, "_CHUNK", size)
+    monkeypatch.setattr(raw_rows, "_CHUNK", size)
     rows = [{"prompt": "p" * n, "completion": "é"} for n in range(1, 40)]
     assert [row.prompt for row in read(tmp_path, *rows, name="r.json")] == [
         row["prompt"] for row in rows
