@@ -7,6 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trl_ext.gibbs_prm.accuracy_curve import accuracy_curve
+    from trl_ext.gibbs_prm.choosing import Choice, answers_of, choose
     from trl_ext.gibbs_prm.files import read_rows
     from trl_ext.gibbs_prm.metrics import load_metric
     from trl_ext.gibbs_prm.monte_carlo import MonteCarloScorer
@@ -16,18 +18,26 @@ if TYPE_CHECKING:
     from trl_ext.gibbs_prm.sampling import GenerateSampler
     from trl_ext.gibbs_prm.scored import GibbsScores, MonteCarloScores, PrefixScores
     from trl_ext.gibbs_prm.scorer import GibbsScorer
+    from trl_ext.gibbs_prm.search import StepSearch
+    from trl_ext.gibbs_prm.search_results import SearchResult
     from trl_ext.gibbs_prm.separation import separation
     from trl_ext.gibbs_prm.streaming import score_rows
 
 _HOMES = {
+    "Choice": "choosing",
     "GenerateSampler": "sampling",
     "GibbsScorer": "scorer",
     "GibbsScores": "scored",
     "MonteCarloScorer": "monte_carlo",
     "MonteCarloScores": "scored",
     "PrefixScores": "scored",
+    "SearchResult": "search_results",
+    "StepSearch": "search",
     "VLLMSampler": "rollout_vllm",
+    "accuracy_curve": "accuracy_curve",
     "agreement": "ranking",
+    "answers_of": "choosing",
+    "choose": "choosing",
     "load_metric": "metrics",
     "rank_prefixes": "ranking",
     "read_rows": "files",
@@ -37,14 +47,20 @@ _HOMES = {
 }
 
 __all__ = [
+    "Choice",
     "GenerateSampler",
     "GibbsScorer",
     "GibbsScores",
     "MonteCarloScorer",
     "MonteCarloScores",
     "PrefixScores",
+    "SearchResult",
+    "StepSearch",
     "VLLMSampler",
+    "accuracy_curve",
     "agreement",
+    "answers_of",
+    "choose",
     "load_metric",
     "rank_prefixes",
     "read_rows",

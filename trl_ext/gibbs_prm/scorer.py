@@ -112,7 +112,7 @@ class GibbsScorer:
             [each.prompt_ids for each in encoded], [each.completion_ids for each in encoded]
         )
         rows = zip(prompts, completions, encoded, ratios, of_row, strict=True)
-        return [self._scored(*row) for row in rows]
+        return [self.of_ratios(*row) for row in rows]
 
     def check(
         self,
@@ -184,9 +184,10 @@ class GibbsScorer:
         ratios = self.token_log_ratios(prompt_ids, completion_ids)
         return [(self.beta * each).tolist() for each in ratios]
 
-    def _scored(
+    def of_ratios(
         self, prompt: Any, completion: Any, encoded: Encoded, ratios: Tensor, steps: Any
     ) -> GibbsScores:
+        """The scores of a completion from the log-ratios (T,) of its tokens, nats."""
         own = torch.tensor(encoded.is_own, dtype=torch.bool)
         ratios = ratios.double().masked_fill(~own, 0.0)
         along = prefix_log_ratio(ratios[None], torch.zeros_like(ratios)[None], own[None])[0]
