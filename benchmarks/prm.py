@@ -8,6 +8,8 @@ labelling  a character model, trained by `trl_ext train rwr/char_reverse`, score
            sampled completions. What is true is estimated from many rollouts; how well the Gibbs
            score orders the prefixes of a prompt is compared with K rollouts a prefix, for the K at
            which both order them equally well: FLOPs (2 x parameters x tokens read) and seconds.
+search     the same model and policy: accuracy on held-out prompts against the tokens generated, of
+           the best of n by the score, majority voting, and a search that keeps the best prefixes.
 caches     rollouts from every prefix of some completions, with the prefix read once and with the
            prefix read for each rollout.
 """
@@ -19,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_ext.bundled import resolve_model
 from trl_ext.cli import main as trl_ext
 from trl_ext.environment import environment
-from trl_ext.gibbs_prm import GibbsScorer, MonteCarloScorer
+from trl_ext.gibbs_prm import GibbsScorer, MonteCarloScorer, StepSearch, accuracy_curve
 from trl_ext.gibbs_prm.ranking import agreement
 from trl_ext.gibbs_prm.sampling import GenerateSampler
 from trl_ext.gibbs_prm.scored import PrefixScores
@@ -47,7 +50,8 @@ MODEL = "bundled:smollm2-135m-instruct"
 # Completions that a median of 60 tokens, some of 300, stand for: reasoning of small models.
 MEDIAN_LENGTH, SPREAD, LONGEST = 60, 0.8, 300
 SAMPLES = 4  # completions of a prompt of labelling
-PARTS = ("speed", "labelling", "caches")
+PARTS = ("speed", "labelling", "search", "caches")
+SEARCHES = ((1, 2), (1, 4), (2, 2), (2, 4), (4, 4))  # prefixes kept, and extensions of each
 
 
 def adapted(dtype: torch.dtype) -> Any:
@@ -258,6 +262,59 @@ def equal(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     return None
 
 
+def search(policy: str, num_prompts: int, samples: int) -> dict[str, Any]:
+    """Accuracy of the best of n, of a majority and of searches, and the tokens they generate."""
+    scorer = GibbsScorer(policy)
+    _, held_out = load_splits(
+        {"dataset_name": "char_reverse", "dataset_kwargs": {"eval_size": num_prompts}}
+    )
+    assert held_out is not None
+    prompts, answers = list(held_out["prompt"]), list(held_out["answer"])
+    sampler = GenerateSampler(
+        scorer.reference, scorer.tokenizer, max_completion_length=7, batch_size=1024
+    )
+    ids = [scorer.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    drawn = sampler.sample(ids, samples, seed=1)
+    flat = [tokens for group in drawn for tokens in group]
+    texts = [scorer.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in flat]
+    scored = scorer.score(
+        [p for p in prompts for _ in range(samples)], texts, "whole", completion_ids=flat
+    )
+    table = [list(range(row * samples, (row + 1) * samples)) for row in range(len(prompts))]
+    curve = accuracy_curve(
+        [[scored[i].score for i in row] for row in table],
+        [[texts[i] == answer for i in row] for row, answer in zip(table, answers, strict=True)],
+        [[texts[i] for i in row] for row in table],
+        [[len(flat[i]) for i in row] for row in table],
+        [2**k for k in range(samples.bit_length())],
+        beta=scorer.beta,
+    )
+    searches = []
+    for width, expand in SEARCHES:
+        results = StepSearch(sampler, scorer, width=width, expand=expand, steps="token").search(
+            prompts
+        )
+        right = [
+            scorer.tokenizer.decode(result.ids, skip_special_tokens=True) == answer
+            for result, answer in zip(results, answers, strict=True)
+        ]
+        share = statistics.fmean(right)
+        searches.append(
+            {
+                "width": width,
+                "expand": expand,
+                "accuracy": share,
+                "standard_error": math.sqrt(share * (1 - share) / len(right)),
+                "tokens": statistics.fmean(result.cost.tokens_generated for result in results),
+            }
+        )
+    return {
+        "prompts": len(prompts),
+        "best_of_n": [asdict(row) for row in curve],
+        "search": searches,
+    }
+
+
 def caches(repeats: int, num_prefixes: int, rollouts: int, tokens: int) -> dict[str, Any]:
     """Seconds for rollouts from each prefix, with a shared cache and without."""
     model = AutoModelForCausalLM.from_pretrained(resolve_model(MODEL), dtype=torch.bfloat16)
@@ -323,6 +380,24 @@ def report(found: dict[str, Any]) -> None:
             )
         console.print(table)
         console.print(f"at equal agreement: {found['labelling']['equal']}")
+    if "search" in found:
+        table = Table("way", "tokens a prompt", "right", title="accuracy against tokens")
+        for row in found["search"]["best_of_n"]:
+            for way in ("best", "majority", "pass_at_n"):
+                low, high = row[way]["interval"]
+                name = {"best": "best", "majority": "majority", "pass_at_n": "any right"}[way]
+                table.add_row(
+                    f"{name} of {row['n']}",
+                    f"{row['tokens']:.0f}",
+                    f"{row[way]['mean']:.1%} ({low:.1%} to {high:.1%})",
+                )
+        for row in found["search"]["search"]:
+            table.add_row(
+                f"search, keep {row['width']}, extend by {row['expand']}",
+                f"{row['tokens']:.0f}",
+                f"{row['accuracy']:.1%} ± {1.96 * row['standard_error']:.1%}",
+            )
+        console.print(table)
     if "caches" in found:
         table = Table("", "naive over shared, seconds", "peak MB", "naive", title="caches")
         for name, row in found["caches"].items():
@@ -350,12 +425,15 @@ def main() -> None:
     found: dict[str, Any] = {}
     if "speed" in options.parts:
         found["speed"] = speed(options.repeats, options.rows, options.max_tokens)
-    if "labelling" in options.parts:
-        with tempfile.TemporaryDirectory() as folder:
-            policy = options.policy or f"{folder}/policy"
-            if options.policy is None:
-                assert trl_ext(["train", "rwr/char_reverse", f"output_dir={policy}"]) == 0
+    with tempfile.TemporaryDirectory() as folder:
+        policy = options.policy or f"{folder}/policy"
+        of_policy = {"labelling", "search"} & set(options.parts)
+        if of_policy and options.policy is None:
+            assert trl_ext(["train", "rwr/char_reverse", f"output_dir={policy}"]) == 0
+        if "labelling" in options.parts:
             found["labelling"] = labelling(policy, options.prompts, options.truth, options.most)
+        if "search" in options.parts:
+            found["search"] = search(policy, 3 * options.prompts, samples=16)
     if "caches" in options.parts:
         found["caches"] = caches(options.repeats, num_prefixes=6, rollouts=8, tokens=16)
     report(found)

@@ -71,7 +71,8 @@ def _check_kept(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
     if not overwrite:
         return
     keys = ("model_name_or_path", "dataset_name", "reward_model_name_or_path")
-    used = {key: recipe.values.get(key) for key in (*keys, "experts", "reward_funcs")}
+    keys += ("process_reward", "process_reference", "experts", "reward_funcs")
+    used = {key: recipe.values.get(key) for key in keys}
     for key, value in _texts_in(used):
         path = Path(value).expanduser()
         if path.exists() and path.resolve().is_relative_to(output_dir.resolve()):

@@ -79,11 +79,8 @@ class Registry:
             PluginError: if its module cannot be imported or has no such object.
         """
         target = self.resolve(name)
-        module_name, _, attribute = target.partition(":")
         try:
-            value = importlib.import_module(module_name)
-            for part in attribute.split("."):
-                value = getattr(value, part)
+            return _imported(target)
         except Exception as error:  # a user's module may fail in any way when it is imported
             raise PluginError(
                 f"The {self.kind} {name!r} stands for {target!r}, which cannot be loaded: "
@@ -91,7 +88,19 @@ class Registry:
                 f"A {self.kind} must be {self.must_be}. Is its package installed here, and is the "
                 "name spelt right?"
             ) from error
-        return value
+
+
+def load_process_reward() -> Any:
+    """The class behind the options `process_`, which is above the trainers that have them."""
+    return _imported("trl_ext.gibbs_prm.process_reward:ProcessReward")
+
+
+def _imported(target: str) -> Any:
+    module_name, _, attribute = target.partition(":")
+    value = importlib.import_module(module_name)
+    for part in attribute.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def _is_dotted(text: str) -> bool:

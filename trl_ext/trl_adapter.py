@@ -27,6 +27,7 @@ from trl_ext.errors import ConfigError, RunError
 from trl_ext.functional import TokenAggregation, aggregate_tokens
 from trl_ext.kl_term import KLTerm
 from trl_ext.policy_config import PolicyConfig
+from trl_ext.registry import load_process_reward
 from trl_ext.rewards.columns import (
     asked_of_trainer,
     check_reference_can_be_had,
@@ -70,6 +71,10 @@ class PolicyTrainer(TRLGRPOTrainer):
     losses, gradients and parameters (`tests/parity`). It also ends a completion at `stop_strings`,
     names the reward function and the sample when a reward fails, checks the dataset before it loads
     a model, restores a half-used rollout on resume, and keeps the gradients of NF4 models on CPUs.
+
+    Takes also `process_reward`: an object whose `token_rewards(prompt_ids, completion_ids)` gives a
+    list of one number a token for each completion, such as a `GibbsScorer`; their credit is added
+    as the options `process_level` to `process_gamma` say. Or the option `process_reward` names one.
     """
 
     config_class: ClassVar[type[PolicyConfig]] = PolicyConfig
@@ -89,11 +94,13 @@ class PolicyTrainer(TRLGRPOTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         *positional: Any,
+        process_reward: Any = None,
         **trl_arguments: Any,
     ):
         model = resolve_model(model) if isinstance(model, str) else model
         args = self._own_config(model, args)
         self.kl = KLTerm(args, self)
+        self.process_reward = _process_reward(args, process_reward, model)
         if not trl_arguments.get("environment_factory"):
             check_datasets(train_dataset, eval_dataset)
         reward_funcs = guarded_all(reward_funcs, args.reward_timeout)
@@ -138,6 +145,8 @@ class PolicyTrainer(TRLGRPOTrainer):
         self._stop_at(args.stop_strings or [])
         keep_nf4_gradients_on_cpu(self.model)
         self.set_up()
+        if self.process_reward is not None:
+            self.process_reward.set_up(self)
 
     def set_up(self) -> None:
         """What a trainer adds to itself, once TRL's is built. TRL: nothing."""
@@ -174,6 +183,13 @@ class PolicyTrainer(TRLGRPOTrainer):
 
     def restore(self, checkpoint: Path) -> None:
         """Load what `save_model` added to a checkpoint. TRL: nothing."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers; one that learns process rewards to `process_reward/scorer`."""
+        super().save_model(output_dir, _internal_call)
+        if self.process_reward is not None and self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir or ".")
+            self.process_reward.save(folder / "process_reward")
 
     def extra_state(self) -> dict[str, Any]:
         """Numbers and tensors that a checkpoint keeps for `load_extra_state`."""
@@ -341,6 +357,8 @@ class PolicyTrainer(TRLGRPOTrainer):
         local_rows = slice(first, first + len(inputs))
         rollout = Rollout(self._summed_rewards().view(-1, self.group_size), batch, local_rows)
         batch["advantages"] = self.assign_credit(rollout)
+        if self.process_reward is not None and self.model.training:
+            batch["advantages"] = self.process_reward.added(batch["advantages"], rollout)
         self._show_credit(batch["advantages"])
         if not self.model.training:
             self._evaluation_rewards.append(rollout.rewards_PG)
@@ -431,6 +449,7 @@ class PolicyTrainer(TRLGRPOTrainer):
             "kl": self.kl.state(),
             "is_spent": self._rollout_is_spent,
             "extra": self.extra_state(),
+            "process_reward": self.process_reward and self.process_reward.state(),
         }
         torch.save(rollout, self._rollout_file(output_dir))
         # The first process now writes the file that marks a checkpoint as complete.
@@ -461,12 +480,20 @@ class PolicyTrainer(TRLGRPOTrainer):
             self.load_extra_state(rollout["extra"])
             if not self._replaces_loss:
                 self.beta = self.kl.beta
-            self.restore(Path(checkpoint))
+            self.restore_all(Path(checkpoint))
+            if self.process_reward is not None:
+                self.process_reward.load_state(rollout["process_reward"])
+
+    def restore_all(self, checkpoint: Path) -> None:
+        """Load what `save_model` added to a checkpoint: a trainer's own, and a process reward."""
+        self.restore(checkpoint)
+        if self.process_reward is not None:
+            self.process_reward.restore(checkpoint / "process_reward")
 
     def _load_best_model(self):
         super()._load_best_model()
         if self.state.best_model_checkpoint is not None:
-            self.restore(Path(self.state.best_model_checkpoint))
+            self.restore_all(Path(self.state.best_model_checkpoint))
 
     def _get_train_sampler(self, dataset=None):
         self._train_sampler = super()._get_train_sampler(dataset)
@@ -620,6 +647,25 @@ class PolicyTrainer(TRLGRPOTrainer):
         return os.path.join(checkpoint, f"rollout_{self.accelerator.process_index}.pt")
 
 
+def _process_reward(args: PolicyConfig, scorer: Any, model: Any) -> Any:
+    """What adds the credit of a process reward; None without one.
+
+    Raises:
+        ConfigError: if the trainer has no use for one, or its options do not go together.
+    """
+    refused = args.all_refused().get("process_reward")
+    if scorer is not None and refused:
+        raise ConfigError(f"process_reward={scorer!r} does nothing here: {refused}. Remove it.")
+    if scorer is not None or args.has_process_reward:
+        return load_process_reward()(args, scorer, model)
+    if unused := args.unused_process_options():
+        raise ConfigError(
+            f"{', '.join(unused)} do nothing without a process reward. Set process_reward, or "
+            "remove them."
+        )
+    return None
+
+
 def end_training(trainer: Trainer) -> None:
     """End a run of one process or several, after the last use of the trainer.
 
@@ -636,7 +682,7 @@ def load_checkpoint(trainer: Trainer, checkpoint: Path) -> None:
     """The weights and the state of a checkpoint, for a run that has nothing left to train."""
     trainer._load_from_checkpoint(str(checkpoint))
     if isinstance(trainer, PolicyTrainer):
-        trainer.restore(checkpoint)
+        trainer.restore_all(checkpoint)
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 

@@ -1,11 +1,9 @@
 """The critic: a value for each prefix, from hidden states of the policy or of its own."""
 
-import copy
 import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -18,7 +16,6 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -31,6 +28,7 @@ from transformers import (
 )
 
 from trl_ext.errors import ConfigError, RunError, TrlExtError
+from trl_ext.models.twin import without_adapters
 
 Kind = Literal["head", "adapter", "model"]
 MAKES = get_args(Kind)
@@ -198,16 +196,7 @@ def backbone_of(policy: nn.Module, *, share: bool = True) -> PreTrainedModel:
         policy: a causal LM, or a PeftModel of one.
         share: frozen weights are those of the policy and not copies. What it trains is copied.
     """
-    frozen = [t for t in chain(policy.parameters(), policy.buffers()) if not t.requires_grad]
-    twin: Any = copy.deepcopy(policy, {id(t): t for t in frozen} if share else {})
-    for parent in list(twin.modules()):
-        for name, child in list(parent.named_children()):
-            # What a PeftModel trains whole has the untrained one beside it.
-            if isinstance(child, ModulesToSaveWrapper):
-                setattr(parent, name, child.original_module)
-    if isinstance(twin, PeftModel):
-        twin = twin.unload()
-    return twin.base_model
+    return cast(PreTrainedModel, without_adapters(policy, share=share).base_model)
 
 
 def _make(about: dict[str, Any]) -> str:

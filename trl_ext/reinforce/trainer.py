@@ -1,5 +1,6 @@
 """REINFORCE on top of TRL's generation, reward and logging machinery."""
 
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
@@ -69,14 +70,14 @@ class ReinforceTrainer(PolicyTrainer):
         weights = importance_weights(ratios, mask, how, truncation=limit)
         if how != "prefix":
             return weights * credit
-        returns = off_policy_credit(
-            micro_batch.batch["token_rewards"],
-            ratios,
-            mask,
-            gamma=self.args.gamma,
-            truncation=limit,
-        )
-        return returns - weights * micro_batch.batch["baseline"]
+        batch = micro_batch.batch
+        of_prefixes = partial(off_policy_credit, log_ratios=ratios, mask=mask, truncation=limit)
+        credit = of_prefixes(batch["token_rewards"], gamma=self.args.gamma)
+        credit = credit - weights * batch["baseline"]
+        if "process_rewards" in batch:
+            returns = of_prefixes(batch["process_rewards"], gamma=self.args.process_gamma)
+            credit = credit + returns - weights * batch["process_baseline"]
+        return credit
 
     def _baseline(self, to_go: Tensor, rollout: Rollout, scored: Tensor) -> Tensor:
         """(P, G, T) over all processes."""
