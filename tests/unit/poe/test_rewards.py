@@ -27,9 +27,9 @@ from tests.tiny import (
     save_tiny_llama,
 )
 from trl_ext.errors import ConfigError, DataError, RewardError
+from trl_ext.models.adapter import Adapter
 from trl_ext.oracle import tabular_tokenizer
 from trl_ext.poe.counted import NGramExpert
-from trl_ext.models.adapter import Adapter
 from trl_ext.poe.product import ProductOfExperts
 from trl_ext.poe.reward_models import reward_model
 from trl_ext.poe.rewards import log_ratio, minus_reference
