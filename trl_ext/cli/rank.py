@@ -232,23 +232,25 @@ def _print_curve(console: "Console", curve: Any, prompts: int, has_answers: bool
 
     ways = {"best of n": "best", "chance": "random", "any right": "pass_at_n"}
     if has_answers:
-        ways = {
-            "best of n": "best",
-            "majority": "majority",
-            "weighted": "weighted_majority",
-            "chance": "random",
-            "any right": "pass_at_n",
-            "best − majority": "best_minus_majority",
-        }
-    table = Table("n", "tokens", *ways, title=f"right answers, {prompts} prompts, 95% intervals")
+        voting = {"majority": "majority", "weighted": "weighted_majority"}
+        ways = {"best of n": "best", **voting, "chance": "random", "any right": "pass_at_n"}
+    table = Table(
+        "n", "tokens", *ways, title=f"right answers of {prompts} prompts in % (95% interval)"
+    )
     for row in curve:
-        cells = []
-        for name in ways.values():
-            estimate = getattr(row, name)
-            low, high = estimate.interval or (estimate.mean, estimate.mean)
-            cells.append(f"{estimate.mean:.1%}\n{low:.1%} to {high:.1%}")
+        cells = [_percent(getattr(row, name)) for name in ways.values()]
         table.add_row(str(row.n), f"{row.tokens:.0f}", *cells)
     console.print(table)
+    if has_answers:
+        gain = curve[-1].best_minus_majority
+        console.print(f"best of {curve[-1].n} minus majority: {_percent(gain)} points")
+
+
+def _percent(estimate: Any) -> str:
+    if estimate.interval is None:
+        return f"{100 * estimate.mean:.1f}"
+    low, high = (100 * end for end in estimate.interval)
+    return f"{100 * estimate.mean:.1f} ({low:.0f} to {high:.0f})"
 
 
 def _first_error(
