@@ -10,6 +10,8 @@ import pytest
 
 import trl_ext
 import trl_ext.functional
+import trl_ext.gibbs_prm
+import trl_ext.poe
 
 # "(B, T)", "(…, G)", "(K,)": a parenthesis that opens with an axis and a comma.
 SHAPE = re.compile(r"\((?:[A-Z]\w*|…|\.\.\.)\s*,")
@@ -77,7 +79,10 @@ def test_functional_is_documented():
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("module_name", ["trl_ext", "trl_ext.functional", "trl_ext.oracle"])
+@pytest.mark.parametrize(
+    "module_name",
+    ["trl_ext", "trl_ext.functional", "trl_ext.oracle", "trl_ext.poe", "trl_ext.gibbs_prm"],
+)
 def test_exported_names_are_documented(module_name):
     exported = _exported(module_name)
     assert exported
@@ -101,10 +106,16 @@ def test_oracle_methods_are_documented():
 OVERRIDES = {"forward", "prepare_inputs_for_generation", "get_input_embeddings"}
 
 
-def test_lazy_names_are_listed_and_resolve():
-    for name in trl_ext.__all__:
-        assert name in dir(trl_ext)
-        getattr(trl_ext, name)
+@pytest.mark.parametrize("package", [trl_ext, trl_ext.poe, trl_ext.gibbs_prm])
+def test_lazy_names_are_listed_and_resolve(package):
+    for name in package.__all__:
+        assert name in dir(package)
+        getattr(package, name)
+    # Once imported, a module hides a lazy name that it shares.
+    assert not any(inspect.ismodule(getattr(package, name)) for name in package.__all__)
+
+
+def test_a_name_that_is_none():
     with pytest.raises(AttributeError, match="no attribute 'RWRTrainor'"):
         trl_ext.RWRTrainor  # noqa: B018
 

@@ -162,7 +162,7 @@ def _correct(row: "ScoredRow") -> bool:
 
 
 def _separation(console: "Console", rows: "list[ScoredRow]") -> dict[str, Any] | None:
-    from trl_ext.gibbs_prm.separation import separation
+    from trl_ext.gibbs_prm.separating import separation
 
     labelled = [row for row in rows if row.label is not None]
     if not labelled:
@@ -193,7 +193,7 @@ def _best_of_n(
 ) -> list[dict[str, Any]] | None:
     from dataclasses import asdict
 
-    from trl_ext.gibbs_prm.accuracy_curve import accuracy_curve
+    from trl_ext.gibbs_prm.curves import accuracy_curve
 
     groups = [g for g in prompts.values() if all(row.label is not None for row in g)]
     fewest = min(map(len, groups), default=0)

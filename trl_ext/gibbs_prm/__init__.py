@@ -7,8 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trl_ext.gibbs_prm.accuracy_curve import accuracy_curve
     from trl_ext.gibbs_prm.choosing import Choice, answers_of, choose
+    from trl_ext.gibbs_prm.curves import accuracy_curve
     from trl_ext.gibbs_prm.files import read_rows
     from trl_ext.gibbs_prm.metrics import load_metric
     from trl_ext.gibbs_prm.monte_carlo import MonteCarloScorer
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from trl_ext.gibbs_prm.scorer import GibbsScorer
     from trl_ext.gibbs_prm.search import StepSearch
     from trl_ext.gibbs_prm.search_results import SearchResult
-    from trl_ext.gibbs_prm.separation import separation
+    from trl_ext.gibbs_prm.separating import separation
     from trl_ext.gibbs_prm.streaming import score_rows
 
 _HOMES = {
@@ -34,7 +34,7 @@ _HOMES = {
     "SearchResult": "search_results",
     "StepSearch": "search",
     "VLLMSampler": "rollout_vllm",
-    "accuracy_curve": "accuracy_curve",
+    "accuracy_curve": "curves",
     "agreement": "ranking",
     "answers_of": "choosing",
     "choose": "choosing",
@@ -42,7 +42,7 @@ _HOMES = {
     "rank_prefixes": "ranking",
     "read_rows": "files",
     "score_rows": "streaming",
-    "separation": "separation",
+    "separation": "separating",
     "write_page": "page",
 }
 

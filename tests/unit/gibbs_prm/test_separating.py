@@ -1,7 +1,7 @@
 import pytest
 
 from trl_ext.errors import DataError
-from trl_ext.gibbs_prm.separation import separation
+from trl_ext.gibbs_prm.separating import separation
 
 
 def test_pairs_of_a_right_and_a_wrong_one_of_a_prompt():
