@@ -14,7 +14,6 @@ examples:
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +51,13 @@ def run(args: argparse.Namespace) -> int:
     """Read, rank, judge."""
     from trl_ext.cli.generate_output import check_file
     from trl_ext.cli.json_file import check_json_file, write_json_file
+    from trl_ext.cli.score_output import check_apart
 
+    for read in ("file", "against", "validation"):
+        written = {"--output": args.output, "--json": args.json}
+        check_apart(
+            {read.upper() if read == "file" else f"--{read}": getattr(args, read), **written}
+        )
     check_file(args.output, "--output", args.force, ".jsonl")
     if args.json is not None:
         check_json_file(args.json)
@@ -105,22 +110,35 @@ def _by_prompt(rows: "list[ScoredRow]") -> "dict[str, list[ScoredRow]]":
 
 
 def _ranked(group: "list[ScoredRow]") -> "list[tuple[float, ScoredRow]]":
-    from trl_ext.gibbs_prm.ranking import rank_prefixes
+    # Without the differences of all pairs, which thousands of completions of a prompt are too many
+    # for.
+    import torch
 
-    ranking = rank_prefixes([row.scores for row in group], level="completion")
-    return [(ranking.ranks[index], group[index]) for index in ranking.order]
+    from trl_ext.functional import mean_ranks
+
+    betas = sorted({row.scores.beta for row in group})
+    if len(betas) > 1:
+        raise DataError(
+            f"The prompt {_brief(group[0].scores.prompt, 24)!r} has completions that were scored "
+            f"with beta {betas[0]:g} and {betas[1]:g}: their scores do not "
+            "compare. Score all completions with one beta."
+        )
+    scores = torch.tensor([row.scores.score for row in group], dtype=torch.float64)
+    ranks = mean_ranks(-scores).tolist()
+    return [(ranks[index], group[index]) for index in (-scores).argsort(stable=True).tolist()]
 
 
 def _write(path: Path, ranked: "list[list[tuple[float, ScoredRow]]]") -> None:
     from trl_ext.cli.generate_output import not_written
+    from trl_ext.gibbs_prm.scored_file import line_of
 
-    new = path.with_name(path.name + ".new")
+    new = path.with_name(path.name + ".partial.new")
     try:
         with new.open("w", encoding="utf-8") as file:
             for group in ranked:
                 for rank, row in group:
-                    line = {"rank": rank, **row.record()}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    # The rank that it had in an earlier file of ranks gives way.
+                    file.write(line_of({"rank": rank} | row.record() | {"rank": rank}))
         new.replace(path)
     except OSError as error:
         raise not_written("--output", str(path), error) from error
@@ -264,8 +282,10 @@ def _first_error(
             raise ConfigError(f"--validation: {args.file} has no first errors to be judged by.")
         return None
     if args.validation is not None:
-        tuning = [r for r in _read(args.validation) if r.first_error is not None]
+        tuning = [r for r in _read(args.validation) if r.first_error is not None and r.scores.steps]
         judged, where = known, args.validation
+        if not tuning:
+            raise ConfigError(f"--validation {where}: it has no first errors to tune by.")
     else:
         tuning, judged, where = known[::2], known[1::2], "every other solution"
 

@@ -148,11 +148,21 @@ def _check_files(args: argparse.Namespace) -> None:
             "score: give FILE, or --prompt TEXT and --completion TEXT"
             + ("; not both." if is_text else ".")
         )
-    if args.html is None:
-        return
     from trl_ext.cli.generate_output import check_file
+    from trl_ext.cli.score_output import check_apart
 
+    partial = None if args.output is None else f"{args.output}.partial"
+    check_apart(
+        {
+            "FILE": args.file,
+            "--output": args.output,
+            "--html": args.html,
+            "what is under way": partial,
+        }
+    )
     check_file(args.html, "--html", args.force)
+    if args.file is not None:
+        _rows(args)
 
 
 def _rows(args: argparse.Namespace) -> "Iterator[Row]":
@@ -212,7 +222,9 @@ def _digest(args: argparse.Namespace) -> str:
         with open(args.file, "rb") as file:
             return f"{args.file}, sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
     except OSError as error:
-        raise DataError(f"{args.file} cannot be read: {error.strerror}.") from error
+        raise DataError(
+            f"{args.file} cannot be read: {error.strerror}. Give a file that you may read."
+        ) from error
 
 
 def _introduce(scorer: "GibbsScorer") -> None:

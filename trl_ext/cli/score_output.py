@@ -1,6 +1,7 @@
 """What `trl_ext score` shows: steps of a few completions, a summary of many, a page."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from trl_ext.errors import ConfigError
 
 if TYPE_CHECKING:
     from trl_ext.gibbs_prm.scored_file import ScoredRow
@@ -29,6 +32,32 @@ class StoredRows:
         return read_scored(self.path)
 
 
+def check_apart(names: "Mapping[str, str | Path | None]") -> None:
+    """Whether the files of a command are different ones: none may replace another.
+
+    Args:
+        names: what errors call each -> its path; None: there is none.
+
+    Raises:
+        ConfigError: if two are one.
+    """
+    places: dict[str, str] = {}
+    for option, name in names.items():
+        place = None if name is None else os.path.realpath(name)
+        if place in places:
+            raise ConfigError(
+                f"{places[place]} and {option} are one file, {name}: one would replace the other. "
+                f"Give {option if option.startswith('-') else places[place]} another name."
+            )
+        if place is not None:
+            places[place] = option
+
+
+def visible(text: str) -> Text:
+    """Text for a terminal, which must not obey what a model writes: control characters as ␛."""
+    return Text("".join(c if c >= " " or c in "\t\n" else chr(0x2400 + ord(c)) for c in text))
+
+
 def print_tables(rows: "Sequence[ScoredRow]") -> None:
     """Each completion with its steps."""
     console = Console(highlight=False)
@@ -43,7 +72,7 @@ def print_tables(rows: "Sequence[ScoredRow]") -> None:
                 str(index),
                 f"{scores.step_rewards[index]:+.3f}",
                 f"{scores.prefix_scores[index]:+.3f}",
-                Text(text.rstrip("\n")),
+                visible(text.rstrip("\n")),
                 style=style,
             )
         console.print(table)
@@ -72,7 +101,7 @@ def print_summary(rows: "Iterable[ScoredRow]") -> None:
     for reward, number, sample, step, text in worst:
         brief = " ".join(text.split())
         brief = brief if len(brief) <= 60 else brief[:57] + "..."
-        table.add_row(str(number), str(sample), str(step), f"{reward:+.3f}", Text(brief))
+        table.add_row(str(number), str(sample), str(step), f"{reward:+.3f}", visible(brief))
     if worst:
         console.print(table)
 
@@ -96,7 +125,8 @@ def page(
     from trl_ext.gibbs_prm.page import write_page
 
     known: list[tuple[Any, Any, str]] = [
-        (row.label, row.first_error, f"{row.row}.{row.sample}") for row in islice(rows, most + 1)
+        (row.label, row.first_error, f"row {row.row}, sample {row.sample}")
+        for row in islice(rows, most + 1)
     ]
     if len(known) > most:
         print(f"--html: the page shows the first {most} completions")

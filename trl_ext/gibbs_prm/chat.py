@@ -23,13 +23,11 @@ def by_policy(message: dict[str, Any]) -> bool:
 
 
 def render(messages: Messages, tokenizer: Any, where: str, *, open_turn: bool) -> str:
-    from jinja2 import TemplateError
-
     try:
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=open_turn
         )
-    except (TemplateError, TypeError) as error:
+    except Exception as error:  # a template is a program: it fails in any way
         raise DataError(
             f"{where}the tokenizer's chat template cannot render {short(messages)}: {error}. Give "
             "messages that the template takes, or texts."

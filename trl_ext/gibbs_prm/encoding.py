@@ -1,5 +1,6 @@
 """From a prompt and a completion to token ids, and to where each token ends in the text."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -142,6 +143,8 @@ def _contents(messages: list[Any], what: str) -> Iterator[str]:
                 "Join the texts of a message that has several parts."
             )
         yield content or ""
+        # Names, roles and tools' arguments, which a template may write.
+        yield json.dumps(message, ensure_ascii=False, default=str)
 
 
 def _check_characters(text: str, what: str) -> None:

@@ -89,6 +89,11 @@ def read_rows(path: str | Path, *, format: str = "auto") -> Iterator[Row]:
         raise ConfigError(f"format is {format!r}; it must be auto, {', '.join(FORMATS)}.{hint}")
     if not path.exists() or path.is_dir():
         raise DataError(f"There is no file {str(path)!r}.{_neighbour(path)}")
+    if not path.is_file():
+        raise DataError(
+            f"{path} is a pipe or a device, which can be read only once. Write the rows into a "
+            "file."
+        )
     if path.suffix.lower() not in READERS:
         raise DataError(
             f"{path}: the ending {path.suffix!r} is none of {', '.join(READERS)}. Convert the "

@@ -1,6 +1,7 @@
 """The two models of a scorer, π and π_ref: objects, paths, or one model with an adapter."""
 
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,10 +9,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from trl_ext.bundled import resolve_model
-from trl_ext.errors import ConfigError
-from trl_ext.gibbs_prm.saved_run import SavedRun, saved_run
+from trl_ext.errors import ConfigError, TrlExtError
+from trl_ext.gibbs_prm.saved_run import RECIPE, SavedRun, saved_run
 from trl_ext.models.adapter import Adapter, Causal, inner_model
 from trl_ext.models.loading import (
+    ADAPTER_FILE,
     default_device,
     is_adapter,
     load_causal,
@@ -20,6 +22,7 @@ from trl_ext.models.loading import (
 )
 from trl_ext.models.vocabulary import check_vocabularies
 
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 POLICY, REFERENCE = "the policy", "the reference"
 _MAY_BE = (
     "a causal language model, a PeftModel, an Adapter, or the path, hub id or bundled: name of one"
@@ -78,7 +81,7 @@ def open_pair(
         if isinstance(given, str) and not _is_named_adapter(given, policy)
     }
     device = device or _device_of(policy, reference)
-    opened = load_causal(paths, dtype=dtype, device=device)
+    opened = _opened(paths, dtype, device, run if reference == getattr(run, "start", 0) else None)
     of_policy = opened.get(POLICY) or _as_adapter(policy)
     of_reference = opened.get(REFERENCE) or _reference_beside(of_policy, reference)
     for name, model in ((POLICY, of_policy), (REFERENCE, of_reference)):
@@ -90,6 +93,11 @@ def open_pair(
             (REFERENCE, reference, of_reference),
         )
     }
+    if of_policy is of_reference or (isinstance(policy, str) and policy == reference):
+        raise ConfigError(
+            f"The policy and the reference are one, {_in_words(of_policy, policy)}: every score "
+            "would be 0. Give reference= (--reference) the model before training."
+        )
     given = open_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     return Pair(
         of_policy,
@@ -98,6 +106,26 @@ def open_pair(
         run,
         {POLICY: _in_words(of_policy, policy), REFERENCE: _in_words(of_reference, reference)},
     )
+
+
+def _opened(paths: dict[str, str], dtype: str, device: Any, run: SavedRun | None) -> dict[str, Any]:
+    """The models at paths; `run`: that whose recipe names the reference."""
+    try:
+        return load_causal(paths, dtype=dtype, device=device)
+    except TrlExtError as error:
+        if run is None or REFERENCE not in str(error).lower():
+            raise
+        raise type(error)(
+            f"{error} It is what {run.folder / RECIPE} began with, as seen from where it ran. Give "
+            "reference= (--reference) where it is now."
+        ) from error
+    except Exception as error:  # cut or foreign weights and adapters fail in any way
+        names = " or ".join(f"{name} ({path})" for name, path in paths.items())
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:!")
+        raise ConfigError(
+            f"{names} cannot be opened: {reason}. Look at the files there (are they whole, and the "
+            "adapter that of its base?), or copy them once more."
+        ) from error
 
 
 def _plain_path(given: Any) -> Any:
@@ -110,10 +138,25 @@ def _reference_of(policy: str, run: SavedRun | None) -> str | None:
         return run.start
     if is_adapter(resolve_model(policy)):
         return None  # the adapter's base
+    place = resolve_model(policy)
+    is_here = os.path.isdir(place)
+    if is_here and not os.path.isfile(os.path.join(place, "config.json")):
+        raise ConfigError(
+            f"{policy!r} holds neither a model (config.json) nor an adapter ({ADAPTER_FILE})."
+            f"{_checkpoint_in(place)} Name the folder where one is saved."
+        )
+    what = "is a whole model" if is_here else "is no folder here, and no adapter of the hub"
     raise ConfigError(
-        f"There is no reference: {policy!r} is a whole model, and no recipe.yaml beside it tells "
-        "what it began as. Give reference= the model before training."
+        f"There is no reference: {policy!r} {what}, and no recipe.yaml beside it tells what it "
+        "began as. Give reference= (--reference) the model before training"
+        f"{'' if is_here else ', or mend the path'}."
     )
+
+
+def _checkpoint_in(folder: str) -> str:
+    numbers = [int(name[11:]) for name in os.listdir(folder) if re.match(r"checkpoint-\d+\Z", name)]
+    last = os.path.join(folder, f"checkpoint-{max(numbers, default=0)}")
+    return f" Its run has not ended; the last checkpoint is {last!r}." if numbers else ""
 
 
 def _is_named_adapter(given: str, policy: Any) -> bool:
@@ -168,8 +211,16 @@ def _tokenizer_of(given: Any, model: Causal) -> Any:
         found = tokenizer_at(given)
         if found is not None:
             return found
+        _check_no_tokenizer(resolve_model(given))
     path = getattr(inner_model(model).config, "_name_or_path", "")
     return tokenizer_at(path) if path and os.path.isdir(path) else None
+
+
+def _check_no_tokenizer(path: str) -> None:
+    """Whether no tokenizer opened at a path because none is there: another's would hide its end."""
+    if any(os.path.isfile(os.path.join(path, name)) for name in TOKENIZER_FILES):
+        open_tokenizer(path)  # says why
+        raise ConfigError(f"The tokenizer {path!r} cannot be opened. Save it there once more.")
 
 
 def _one_tokenizer(given: Any, found: dict[str, Any]) -> Any:

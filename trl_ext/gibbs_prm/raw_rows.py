@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, TextIO
@@ -32,6 +32,14 @@ def _parsed(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise _not_json(text, where, error) from error
+    except (ValueError, RecursionError) as error:
+        raise _not_readable(where, error) from error
+
+
+def _not_readable(where: str, error: Exception) -> DataError:
+    """For JSON that Python does not read: a number of thousands of digits, a thousand brackets."""
+    reason = str(error).split(";")[0]
+    return DataError(f"{where}: this JSON cannot be read: {reason}. Leave that value out.")
 
 
 def _not_json(text: str, where: str, error: json.JSONDecodeError) -> DataError:
@@ -57,6 +65,7 @@ def _elements(path: Path, file: TextIO, text: str) -> Iterator[tuple[str, Any]]:
         where, mark = f"{path}, row {index}", "," if index else "["
         text = _filled(text, file)
         if text.startswith("]"):
+            _check_end(path, file, text)
             return
         if not text.startswith(mark):
             raise DataError(
@@ -65,9 +74,19 @@ def _elements(path: Path, file: TextIO, text: str) -> Iterator[tuple[str, Any]]:
             )
         text = _filled(text[1:], file)
         if not index and text.startswith("]"):
+            _check_end(path, file, text)
             return
         element, text = _element(file, text, where)
         yield where, element
+
+
+def _check_end(path: Path, file: TextIO, text: str) -> None:
+    behind = _filled(text[1:], file)
+    if behind:
+        raise DataError(
+            f"{path}: behind the end of the array the file goes on with {short(behind[:30])}. "
+            "Write one array, or one object a line."
+        )
 
 
 def _filled(text: str, file: TextIO) -> str:
@@ -90,6 +109,8 @@ def _element(file: TextIO, text: str, where: str) -> tuple[Any, str]:
             if not more:
                 raise _not_json(text, where, error) from error
             text += more
+        except (ValueError, RecursionError) as error:
+            raise _not_readable(where, error) from error
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
@@ -97,6 +118,7 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
+            _check_header(path, reader.fieldnames or [])
             for cells in reader:
                 where = f"{path}:{reader.line_num}"
                 if None in cells or None in cells.values():
@@ -109,6 +131,12 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
             raise DataError(
                 f"{path}:{reader.reader.line_num}: this is not CSV: {error}."
             ) from error
+
+
+def _check_header(path: Path, names: Sequence[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path}:1: two columns have the name {twice!r}. Rename one of them.")
 
 
 def _cell(key: str, text: str, where: str) -> Any:

@@ -1,8 +1,11 @@
 """The values of a row: of which kind each key must be, and the error where one is not."""
 
 import difflib
-import math
-from collections.abc import Callable
+import json
+import sys
+from collections.abc import Callable, Mapping
+from datetime import date, time, timedelta
+from decimal import Decimal
 from typing import Any
 
 from trl_ext.errors import DataError
@@ -50,6 +53,12 @@ def is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is finite, also as a float: JSON has whole numbers of any size."""
+    is_one = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_one and abs(value) <= sys.float_info.max
+
+
 def is_list_of(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and bool(value) and all(map(is_right, value))
 
@@ -61,7 +70,7 @@ def is_said(value: Any) -> bool:
 
 
 def _is_label(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return is_bool(value) or is_number(value)
 
 
 def _are_steps(value: Any) -> bool:
@@ -85,3 +94,101 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "correct": (is_bool, "true or false"),
     **dict.fromkeys(ANSWERS, (is_text, "a text")),
 }
+
+
+def _are(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_right, value))
+
+
+def _is_place(value: Any) -> bool:
+    return is_count(value) and value >= 0
+
+
+# Of a scored completion: what must be there, and what may.
+_SCORED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "row": (_is_place, "a whole number from 0"),
+    "sample": (_is_place, "a whole number from 0"),
+    "prompt": (is_said, SAID),
+    "completion": (is_said, SAID),
+    "beta": (lambda value: is_number(value) and value > 0, "a number greater than 0"),
+    "steps": (_are(is_text), "a list of texts"),
+    "step_ends": (_are(is_count), "a list of whole numbers"),
+    "prefix_scores": (_are(is_number), "a list of finite numbers"),
+    "merged_into": (_are(_is_place), "a list of whole numbers from 0"),
+    "notes": (_are(is_text), "a list of texts"),
+    "tokens": (_are(is_text), "a list of texts"),
+    "token_log_ratios": (_are(is_number), "a list of finite numbers"),
+}
+_KNOWN: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "label": KINDS["label"],
+    "answer": KINDS["answer"],
+    "first_error": (lambda value: is_count(value) and value >= -1, "a whole number from -1"),
+}
+
+
+def check_scored(record: Any, where: str) -> None:
+    """Whether a row is a scored completion, as `trl_ext score` writes them.
+
+    Raises:
+        DataError: if not; with the key.
+    """
+    missing = sorted(set(_SCORED) - set(record if is_object(record) else ()))
+    if missing:
+        raise DataError(
+            f"{where}: this is no scored completion: there is no {missing[0]!r}. `trl_ext score` "
+            "writes them."
+        )
+    for key, (is_right, allowed) in (_SCORED | _KNOWN).items():
+        value = record.get(key)
+        if not is_right(value) and (value is not None or key in _SCORED):
+            raise DataError(f"{where}: {key} is {short(value)}; it must be {allowed}.")
+    _check_counts(record, where)
+
+
+def _check_counts(record: dict[str, Any], where: str) -> None:
+    """Whether the lists of a scored completion belong together."""
+    pairs = (("step_ends", "steps"), ("prefix_scores", "steps"), ("token_log_ratios", "tokens"))
+    for one, other in pairs:
+        if len(record[one]) != len(record[other]):
+            raise DataError(
+                f"{where}: {one} has {len(record[one])} entries, and {other} has "
+                f"{len(record[other])}. Score the completion once more."
+            )
+    merged, number = record["merged_into"], len(record["steps"])
+    asked = len(merged) or number
+    first_error = record.get("first_error")
+    if any(step >= number for step in merged) or (first_error or 0) >= max(asked, 1):
+        raise DataError(
+            f"{where}: merged_into {short(merged)} or first_error {first_error} names a step that "
+            f"is not there: the completion has {number}. Steps are counted from 0."
+        )
+
+
+def line_of(record: Mapping[str, Any]) -> str:
+    """A row as a line of JSON that every reader takes.
+
+    Dates and decimals of a parquet file are texts, NaN and infinity null; half a character, which
+    UTF-8 has not, is written as its number.
+
+    Raises:
+        DataError: if a column holds what JSON has not, such as bytes.
+    """
+
+    def plain(value: Any) -> str:
+        if isinstance(value, date | time | timedelta | Decimal):
+            return value.isoformat() if isinstance(value, date | time) else str(value)
+        raise DataError(
+            f"Row {record.get('row')} of the input has a column with {short(value)}, a "
+            f"{type(value).__name__}, which JSON does not have. Leave the column out of the input."
+        )
+
+    try:
+        text = json.dumps(record, ensure_ascii=False, default=plain, allow_nan=False)
+    except ValueError:  # NaN
+        finite = json.loads(json.dumps(record, default=plain), parse_constant=lambda _: None)
+        text = json.dumps(finite, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(json.loads(text))
+    return text + "\n"

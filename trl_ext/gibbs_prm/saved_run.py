@@ -8,9 +8,12 @@ from typing import Any
 import yaml
 
 from trl_ext.errors import ConfigError, TrlExtError
+from trl_ext.gibbs_prm.encoding import short
+from trl_ext.gibbs_prm.row_values import is_number
 from trl_ext.registry import TRAINERS
 
 RECIPE = "recipe.yaml"
+_WAYS = "Mend it, or move the file away and give beta= and reference= (--beta, --reference)."
 # Their `beta` is not that of π*, or they have none.
 _WITHOUT_BETA = ("sft", "poe_distillation")
 
@@ -51,11 +54,10 @@ def saved_run(policy: str) -> SavedRun | None:
         values = yaml.safe_load((found / RECIPE).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
-            f"{found / RECIPE} cannot be read: {str(error).splitlines()[0]}. Mend it, or give beta "
-            "and reference yourself and move the file away."
+            f"{found / RECIPE} cannot be read: {str(error).splitlines()[0]}. {_WAYS}"
         ) from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{found / RECIPE} is no recipe: it holds no keys. Move it away.")
+        raise ConfigError(f"{found / RECIPE} is no recipe: it holds no keys. {_WAYS}")
     return _read(found, values)
 
 
@@ -76,25 +78,33 @@ def _read(folder: Path, values: dict[str, Any]) -> SavedRun:
             f"{beta} is where it began."
         )
     return SavedRun(
-        folder, beta, _number(folder, values, "temperature", 1.0), start and str(start), notes
+        folder,
+        beta,
+        _number(folder, values, "temperature", 1.0, positive=True),
+        start and str(start),
+        notes,
     )
 
 
 def _beta(folder: Path, values: dict[str, Any]) -> float | None:
     if values.get("poe_alpha") is not None:
-        return 1 / _number(folder, values, "poe_alpha", 1.0)
+        alpha = _number(folder, values, "poe_alpha", 1.0)
+        return 1 / alpha if alpha else None  # 0: no reward
     default = _default(values.get("trainer"))
     if "beta" not in values and default is None:
         return None
     return _number(folder, values, "beta", default) or None  # 0: no KL, hence no target
 
 
-def _number(folder: Path, values: dict[str, Any], key: str, default: Any) -> float:
+def _number(
+    folder: Path, values: dict[str, Any], key: str, default: Any, *, positive: bool = False
+) -> float:
     value = values.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+    if not is_number(value) or value < 0 or (positive and not value):
+        allowed = "greater than 0" if positive else "from 0"
         raise ConfigError(
-            f"{folder / RECIPE}: {key} is {value!r}; it must be a number from 0. Give beta= and "
-            "reference= yourself, or mend it."
+            f"{folder / RECIPE}: {key} is {short(value)}; it must be a finite number {allowed}. "
+            f"{_WAYS}"
         )
     return float(value)
 
@@ -104,6 +114,8 @@ def _default(trainer: Any) -> float | None:
     try:
         made = TRAINERS.load(str(trainer))
     except TrlExtError:  # a plugin that is not installed here
+        return None
+    if not isinstance(made, type):
         return None
     name = f"{made.__name__.removesuffix('Trainer')}Config"
     config = getattr(sys.modules[made.__module__], name, None)

@@ -4,6 +4,7 @@ Until everything is scored the rows are in `<output>.partial`, JSON lines behind
 says what is being scored with what. It becomes the output, .jsonl or .parquet, at the end.
 """
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -12,11 +13,25 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.errors import ConfigError, DataError, RunError
+from trl_ext.gibbs_prm.raw_rows import raw_rows
+from trl_ext.gibbs_prm.row_values import check_scored, line_of
 from trl_ext.gibbs_prm.scored import GibbsScores
 
 ENDINGS = (".jsonl", ".parquet")
 _OF_SCORES = tuple(f.name for f in fields(GibbsScores))
 _DERIVED = ("step_rewards", "worst_step", "score")
+# `rank` is what `trl_ext rank` adds.
+_RESERVED = {
+    "row",
+    "sample",
+    "id",
+    "label",
+    "first_error",
+    "answer",
+    "rank",
+    *_OF_SCORES,
+    *_DERIVED,
+}
 
 
 @dataclass(frozen=True)
@@ -52,8 +67,8 @@ class ScoredRow:
         }
         scores = {name: getattr(self.scores, name) for name in (*_OF_SCORES, *_DERIVED)}
         del scores["standard_errors"]  # of a sample, which this is not
-        extra = {k: v for k, v in self.columns.items() if k not in scores}
-        return {"row": self.row, "sample": self.sample, **known, **scores, **extra}
+        own = {"row": self.row, "sample": self.sample, **known, **scores}
+        return {**own, **{k: v for k, v in self.columns.items() if k not in own}}
 
     @classmethod
     def of_record(cls, record: Any, where: str) -> "ScoredRow":
@@ -62,13 +77,7 @@ class ScoredRow:
         Raises:
             DataError: if it is none.
         """
-        needed = {"row", "sample", *_OF_SCORES} - {"standard_errors"}
-        missing = sorted(needed - set(record)) if isinstance(record, dict) else sorted(needed)
-        if missing:
-            raise DataError(
-                f"{where}: this is no scored completion: there is no {missing[0]!r}. `trl_ext "
-                "score` writes them."
-            )
+        check_scored(record, where)
         scores = GibbsScores(**{name: record[name] for name in _OF_SCORES if name in record})
         own = {f.name for f in fields(cls)} - {"scores", "columns"}
         rest = own | set(_OF_SCORES) | set(_DERIVED)
@@ -87,34 +96,27 @@ def read_scored(path: str | Path) -> Iterator[ScoredRow]:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        partial = partial_of(path)
-        hint = f" {partial} is not finished; score on." if partial.is_file() else ""
+        partial = path.name and partial_of(path)
+        hint = f" {partial} is not finished; score on." if partial and partial.is_file() else ""
         raise DataError(f"There is no scored file {str(path)!r}.{hint}")
-    if path.suffix.lower() == ".parquet":
-        from pyarrow import ArrowInvalid
-        from pyarrow.parquet import ParquetFile
-
-        try:
-            batches = ParquetFile(path).iter_batches(batch_size=64)
-        except (ArrowInvalid, OSError) as error:
-            raise DataError(f"{path} cannot be read: {error}.") from error
-        records = (record for batch in batches for record in batch.to_pylist())
-    else:
-        records = _json_lines(path)
-    number = 0
-    for number, record in enumerate(records, start=1):
-        yield ScoredRow.of_record(record, f"{path}:{number}")
-    if not number:
+    if path.suffix.lower() not in ENDINGS:
+        raise DataError(f"{path}: the ending must be one of {', '.join(ENDINGS)}.")
+    where = None
+    for where, record in raw_rows(path):
+        yield ScoredRow.of_record(record, where)
+    if where is None:
         raise DataError(f"{path} holds no scored completion.")
 
 
-def _json_lines(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: this is not JSON: {error.msg}.") from error
+def apart(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's other columns; one with the name of something scored is called input_… instead."""
+    found: dict[str, Any] = {}
+    for key, value in columns.items():
+        name = key
+        while name in _RESERVED or name in found or (name != key and name in columns):
+            name = f"input_{name}"
+        found[name] = value
+    return found
 
 
 def partial_of(output: Path) -> Path:
@@ -130,11 +132,11 @@ def check_output(output: Path, force: bool) -> None:
     """
     if output.suffix.lower() not in ENDINGS:
         raise ConfigError(f"{output}: the ending must be one of {', '.join(ENDINGS)}.")
-    if output.is_dir() or not output.parent.is_dir():
+    if output.is_dir() or partial_of(output).is_dir() or not output.parent.is_dir():
         raise ConfigError(f"{output} cannot be written. Name a file in a folder that exists.")
     if not os.access(output.parent, os.W_OK):
         raise ConfigError(f"{output}: you may not write there. Name a file in a folder of yours.")
-    if output.exists() and not force:
+    if os.path.lexists(output) and not force:
         raise ConfigError(
             f"{output} exists and is left alone. Give another name, or --force to replace it."
         )
@@ -161,14 +163,33 @@ class ScoredFile:
         self.partial = partial_of(output)
         self.about = json.loads(json.dumps(about))
         self.done = 0
+        self._new = output.with_name(output.name + ".partial.new")
         try:
-            if self.partial.exists() and not force:
-                self._go_on()
-            else:
-                self.partial.write_text(json.dumps({"scoring": self.about}) + "\n", "utf-8")
+            is_there = self.partial.exists()
             self._file = self.partial.open("a", encoding="utf-8")
+            self._lock()
+            if force or not is_there:
+                self._begin()
+            else:
+                self._go_on()
         except OSError as error:
             raise self._not_written(error) from error
+
+    def _lock(self) -> None:
+        """Keep a second process out, until this one ends or closes the file."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise RunError(
+                f"{self.partial} is being written by another process, which scores into "
+                f"{self.output}. Wait for its end, or give another --output."
+            ) from error
+
+    def _begin(self) -> None:
+        self._file.truncate(0)
+        self._file.write(json.dumps({"scoring": self.about}) + "\n")
+        self._file.flush()
 
     def _go_on(self) -> None:
         """Count what is there; drop a last line that a kill left half written."""
@@ -176,18 +197,10 @@ class ScoredFile:
             begin = file.readline()
             before = _about_of(begin)
             if before is None:
+                self._file.close()
                 raise ConfigError(
                     f"{self.partial} is in the way, and is no scoring that could be gone on with. "
                     "Move it away, or give --force to begin anew."
-                )
-            changed = [k for k in self.about if before.get(k) != self.about[k]]
-            changed += [k for k in before if k not in self.about]
-            if changed:
-                key = changed[0]
-                raise ConfigError(
-                    f"{self.partial} was begun with {key}: {before.get(key)!r}, and now it is "
-                    f"{self.about.get(key)!r}. Go on as it was begun, give another --output, or "
-                    "--force to begin anew."
                 )
             whole = file.tell()
             for line in file:
@@ -195,7 +208,22 @@ class ScoredFile:
                     break
                 self.done += 1
                 whole += len(line)
-            file.truncate(whole)
+            if before == self.about:
+                file.truncate(whole)
+            elif self.done:
+                self._file.close()
+                self._refuse(before)
+        if before != self.about:
+            self._begin()  # what nothing was scored with yet
+
+    def _refuse(self, before: Mapping[str, Any]) -> None:
+        changed = [k for k in self.about if before.get(k) != self.about[k]]
+        key = [*changed, *(k for k in before if k not in self.about)][0]
+        raise ConfigError(
+            f"{self.partial}, with {self.done} completions, was begun with {key}: "
+            f"{before.get(key)!r}, and now it is {self.about.get(key)!r}. Go on as it was begun, "
+            "give another --output, or --force to begin anew."
+        )
 
     def write(self, rows: list[ScoredRow]) -> None:
         """Add rows and have them on disk.
@@ -204,9 +232,7 @@ class ScoredFile:
             RunError: if they cannot be written.
         """
         try:
-            self._file.writelines(
-                json.dumps(row.record(), ensure_ascii=False) + "\n" for row in rows
-            )
+            self._file.writelines([line_of(row.record()) for row in rows])
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -219,23 +245,25 @@ class ScoredFile:
         Raises:
             RunError: if it cannot be written.
         """
-        self._file.close()
-        new = self.output.with_name(self.output.name + ".new")
         try:
             if self.output.suffix.lower() == ".parquet":
-                self._to_parquet(new)
+                self._to_parquet(self._new)
             else:
-                with self.partial.open("rb") as rows, new.open("wb") as file:
+                with self.partial.open("rb") as rows, self._new.open("wb") as file:
                     rows.readline()
                     while part := rows.read(2**20):
                         file.write(part)
-            new.replace(self.output)
+            self._new.replace(self.output)
             self.partial.unlink()
         except OSError as error:
             raise self._not_written(error) from error
+        finally:
+            self._file.close()
 
     def close(self) -> None:
-        """Leave it as it is, to be gone on with."""
+        """Leave what is scored, to be gone on with; nothing where nothing is."""
+        if not self._file.closed and not self.done:
+            self.partial.unlink(missing_ok=True)
         self._file.close()
 
     def _to_parquet(self, new: Path) -> None:
@@ -249,12 +277,14 @@ class ScoredFile:
             with ParquetWriter(new, schema) as writer:
                 for records in self._windows():
                     writer.write_table(pyarrow.Table.from_pylist(records, schema=schema))
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+        except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError) as error:
             new.unlink(missing_ok=True)
+            lines = self.output.with_suffix(".jsonl")
             raise RunError(
-                f"{self.output}: the rows do not fit the columns of a parquet file: {error}. They "
-                f"are in {self.partial}, all of them; give an --output that ends with .jsonl, or "
-                "leave columns of several kinds out of the input."
+                f"{self.output}: the rows do not fit the columns of a parquet file: "
+                f"{str(error).rstrip('.')}. They are in {self.partial}, all of them: `tail -n +2 "
+                f"{self.partial} > {lines}` makes a .jsonl of them. Or leave columns of "
+                "several kinds out of the input."
             ) from error
 
     def _windows(self) -> Iterator[list[Any]]:

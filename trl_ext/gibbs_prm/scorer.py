@@ -1,5 +1,6 @@
 """The Gibbs policy as a process reward model: every prefix scored by one pass of two models."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from trl_ext.errors import ConfigError, RunError
 from trl_ext.functional import prefix_log_ratio
-from trl_ext.gibbs_prm.encoding import Encoded, encode
+from trl_ext.gibbs_prm.encoding import Encoded, encode, short
 from trl_ext.gibbs_prm.pair import POLICY, REFERENCE, open_pair
 from trl_ext.gibbs_prm.scored import GibbsScores
 from trl_ext.gibbs_prm.steps import check_steps, cut
@@ -71,7 +72,8 @@ class GibbsScorer:
         if beta is None and of_run is None:
             raise ConfigError(
                 f"beta is not known: {_why_unknown(pair.run)}. Give beta=, the β of π* ∝ "
-                "π_ref·exp(r/β) that the policy was trained towards; ranks do not depend on it."
+                "π_ref·exp(r/β) that the policy was trained towards (--beta of the command line); "
+                "ranks do not depend on it."
             )
         self.policy = pair.policy
         self.reference = pair.reference
@@ -191,6 +193,11 @@ class GibbsScorer:
         own = torch.tensor(encoded.is_own, dtype=torch.bool)
         ratios = ratios.double().masked_fill(~own, 0.0)
         along = prefix_log_ratio(ratios[None], torch.zeros_like(ratios)[None], own[None])[0]
+        if not (self.beta * along).isfinite().all():
+            raise RunError(
+                f"beta is {self.beta:g}, with which the scores are beyond the largest number. Give "
+                "a smaller one."
+            )
         found = cut(encoded, steps)
         return GibbsScores(
             prompt=prompt,
@@ -216,7 +223,7 @@ class GibbsScorer:
                 f"Row {row}: {name} ({self.names[name]}) {says} token {ids[row][place]} "
                 f"({self.tokenizer.decode([ids[row][place]])!r}), number {place} of the "
                 "completion: there is no finite log-ratio. Load the model in float32, and look at "
-                "its weights."
+                f"its weights and at the temperature, {self.temperature:g}."
             )
 
 
@@ -254,11 +261,13 @@ def _check_positive(name: str, value: Any) -> None:
     if value is None:
         return
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and 0 < value < float("inf")):
-        raise ConfigError(f"{name} is {value!r}; it must be a number greater than 0.")
+    # Whole numbers have any size, floats have not.
+    if not (is_number and 0 < value <= sys.float_info.max):
+        raise ConfigError(f"{name} is {short(value)}; it must be a finite number greater than 0.")
 
 
 def _why_unknown(run: Any) -> str:
     if run is None:
         return "no recipe.yaml of a run lies beside the policy"
-    return f"{run.folder / 'recipe.yaml'} names a trainer without one, or beta: 0"
+    recipe = run.folder / "recipe.yaml"
+    return f"{recipe} names a trainer without one or that is not installed, or beta: 0"

@@ -1,12 +1,13 @@
 """Score a stream of rows in windows: a window is in memory and sorted by length, the stream not."""
 
+import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from trl_ext.errors import ConfigError, DataError, TrlExtError
+from trl_ext.errors import ConfigError, DataError, RunError, TrlExtError
 from trl_ext.gibbs_prm.files import Row
-from trl_ext.gibbs_prm.scored_file import ScoredRow
+from trl_ext.gibbs_prm.scored_file import ScoredRow, apart
 from trl_ext.gibbs_prm.scorer import GibbsScorer
 
 GIVEN = "given"
@@ -49,6 +50,8 @@ def score_rows(
             scored = scorer.score(prompts, completions, cuts, append_eos=append_eos)
         except (ConfigError, DataError) as error:
             raise _located(scorer, part, cuts, append_eos, error) from error
+        except RunError as error:
+            raise _of_input(part, error) from error
         yield [
             ScoredRow(
                 number,
@@ -58,7 +61,7 @@ def score_rows(
                 label=_of(row.labels, sample),
                 first_error=_of(row.first_errors, sample),
                 answer=_of(row.answers, sample),
-                columns=row.columns,
+                columns=apart(row.columns),
             )
             for (number, sample, row), scores in zip(part, scored, strict=True)
         ]
@@ -97,6 +100,15 @@ def _located(
         try:
             scorer.check([row.prompt], [row.completions[sample]], [cut], append_eos=append_eos)
         except (ConfigError, DataError) as own:
-            text = str(own).removeprefix("row 0: ").removeprefix("Row 0: ")
+            text = re.sub(r"\ARow 0 has ", "it has ", re.sub(r"\A[Rr]ow 0: ", "", str(own)))
             return type(own)(f"Row {number} of the input, completion {sample}: {text}")
     return error
+
+
+def _of_input(part: list[_Place], error: RunError) -> RunError:
+    """What a model could not score, by its place in the input: only the window's is in the text."""
+    found = re.match(r"Row (\d+): ", str(error))
+    if found is None:
+        return error
+    number, sample, _ = part[int(found[1])]
+    return RunError(f"Row {number} of the input, completion {sample}: {str(error)[found.end() :]}")

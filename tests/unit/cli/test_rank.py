@@ -155,3 +155,54 @@ def test_bad_input_is_one_line(here, trl_ext, argv, says):
     code, _, err = trl_ext("rank", *argv)
     assert code == 2
     assert says in err and "Traceback" not in err
+
+
+def test_ranks_of_ranks_are_new(here, trl_ext):
+    """The rank that a row had in the file is not the one that it has now."""
+    assert trl_ext("rank", "s.jsonl", "--output", "r.jsonl")[0] == 0
+    lines = Path("r.jsonl").read_text().splitlines()
+    Path("rest.jsonl").write_text("\n".join(lines[1:4]) + "\n")
+    assert trl_ext("rank", "rest.jsonl", "--output", "again.jsonl")[0] == 0
+    again = [json.loads(line) for line in Path("again.jsonl").read_text().splitlines()]
+    assert [row["rank"] for row in again] == [1.0, 2.0, 3.0]
+
+
+def test_many_completions_of_one_prompt(here, trl_ext):
+    """Ranks of 20000, equal in pairs: (1 + 2)/2 and so on; all pairs would be 4·10⁸ numbers."""
+    write("many.jsonl", [scored(0, k, [float(k // 2)]) for k in range(20_000)])
+    code, _, err = trl_ext("rank", "many.jsonl", "--output", "r.jsonl")
+    assert code == 0, err
+    ranks = [json.loads(line)["rank"] for line in Path("r.jsonl").read_text().splitlines()]
+    assert ranks == [2 * (k // 2) + 1.5 for k in range(20_000)]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--output", "s.jsonl", "--force"], "FILE and --output are one file"),
+        (["--json", "s.jsonl"], "FILE and --json are one file"),
+        (["--output", "r.jsonl", "--json", "r.jsonl"], "--output and --json are one file"),
+        (["--against", "b.jsonl", "--json", "b.jsonl"], "--against and --json are one file"),
+        (["--validation", "s.jsonl"], "has no first errors"),
+    ],
+)
+def test_no_file_replaces_another(here, trl_ext, argv, says):
+    before = Path("s.jsonl").read_text()
+    Path("b.jsonl").write_text(before)
+    code, _, err = trl_ext("rank", "s.jsonl", *argv)
+    assert code == 2 and says in err
+    assert Path("s.jsonl").read_text() == Path("b.jsonl").read_text() == before
+
+
+def test_a_validation_without_first_errors(here, trl_ext):
+    write("e.jsonl", [scored(0, 0, [-1.0], first_error=0), scored(1, 0, [1.0], first_error=-1)])
+    code, _, err = trl_ext("rank", "e.jsonl", "--validation", "s.jsonl")
+    assert code == 2 and "--validation s.jsonl: it has no first errors to tune by" in err
+
+
+def test_scores_of_two_betas_do_not_compare(here, trl_ext):
+    other = scored(0, 1, [1.0])
+    scores = GibbsScores(**{**vars(other.scores), "beta": 2.0})
+    write("two.jsonl", [scored(0, 0, [1.0]), ScoredRow(0, 1, scores)])
+    code, _, err = trl_ext("rank", "two.jsonl")
+    assert code == 2 and "with beta 1 and 2: their scores do not compare" in err

@@ -122,7 +122,7 @@ def test_a_processbench_file(here, trl_ext, run_folder):
         (["--prompt", "a"], "--prompt and --completion go together"),
         (["in.jsonl", "--steps", "line"], "steps is 'line', which is no way to cut. Did you mean"),
         (["in.jsonl", "--steps", "regex:("], "regex"),
-        (["in.jsonl", "--steps", "given"], "row 0 has no steps of its own"),
+        (["in.jsonl", "--steps", "given", "--output", "o.jsonl"], "row 0 has no steps of its own"),
         (["no.jsonl"], "There is no file 'no.jsonl'. Did you mean"),
         (["in.jsonl", "--output", "out.txt"], "the ending must be one of"),
         (["in.jsonl", "--html", "no/page.html"], "Name a file in a folder that exists"),
@@ -136,3 +136,33 @@ def test_bad_input_is_one_line(here, trl_ext, run_folder, argv, says):
     assert code == 2
     assert says in err and "Traceback" not in err
     assert sorted(path.name for path in here.iterdir()) == ["in.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--output", "in.jsonl"], "FILE and --output are one file"),
+        (["--html", "./in.jsonl"], "FILE and --html are one file"),
+        (["--output", "o.jsonl", "--html", "o.jsonl"], "--output and --html are one file"),
+        (["--output", "o.jsonl", "--html", "o.jsonl.partial"], "--html and what is under way are"),
+    ],
+)
+def test_no_file_replaces_another_even_by_force(here, trl_ext, run_folder, options, says):
+    before = Path("in.jsonl").read_text()
+    code, _, err = trl_ext("score", run_folder, "in.jsonl", *options, "--force")
+    assert code == 2 and says in err
+    assert [path.name for path in here.iterdir()] == ["in.jsonl"]
+    assert Path("in.jsonl").read_text() == before
+
+
+def test_a_file_that_cannot_be_read_is_told_before_a_model_loads(here, trl_ext):
+    Path("rows.txt").touch()
+    for name, says in (("rows.txt", "the ending '.txt' is none of"), ("no.jsonl", "no file")):
+        code, _, err = trl_ext("score", "no/such/model", name)
+        assert code == 2 and says in err
+
+
+def test_a_terminal_does_not_obey_a_completion(here, trl_ext, run_folder):
+    code, out, _ = trl_ext("score", run_folder, "--prompt", "hi", "--completion", "a\x1b[31mb")
+    assert code == 0
+    assert "a␛[31mb" in out and "\x1b[31mb" not in out

@@ -363,3 +363,23 @@ def test_the_bundled_models_template():
     turns = ["4<|im_end|>\n", "<|im_start|>user\n2+2?<|im_end|>\n"]
     assert encoded.turn_ends == [len(turns[0]), len("".join(turns)), len(encoded.text)]
     assert encoded.end_text == "<|im_end|>"
+
+
+def test_half_a_character_anywhere_in_a_message(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(save_byte_llama(tmp_path))
+    prompt = [{"role": "us\ud83d", "content": "a"}]
+    with pytest.raises(DataError, match="the prompt has half a character"):
+        encode(prompt, [{"role": "assistant", "content": "b"}], tokenizer)
+
+
+def test_a_template_fails_as_programs_do(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(save_byte_llama(tmp_path))
+    tokenizer.chat_template = "{{ 1 / 0 }}"
+    with pytest.raises(DataError, match=r"cannot render .*: division by zero\. Give messages"):
+        encode(
+            [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}], tokenizer
+        )

@@ -1,6 +1,7 @@
 """Completions to score, read from files."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -367,3 +368,32 @@ def test_a_missing_file_is_told_at_once(tmp_path):
     (tmp_path / "d.jsonl").mkdir()
     with pytest.raises(DataError, match="There is no file"):
         read_rows(tmp_path / "d.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", "[" * 5000, "a.jsonl:1: this JSON cannot be read: maximum recursion"),
+        ("a.jsonl", "1" * 5000, "a.jsonl:1: this JSON cannot be read: Exceeds the limit"),
+        ("a.json", "[" * 5000, "a.json, row 0: this JSON cannot be read: maximum recursion"),
+        ("a.json", '[{"prompt": "p", "completion": "c"}] {', "behind the end of the array .*'{'"),
+        ("a.json", "[] 3", "behind the end of the array .*'3'"),
+        ("a.csv", "prompt,prompt,completion\na,b,c\n", "two columns have the name 'prompt'"),
+        (
+            "a.jsonl",
+            '{"prompt": "p", "completion": "c", "label": 1' + "0" * 400 + "}",
+            "label is 1000.*; it must be true, false or a finite number",
+        ),
+    ],
+)
+def test_what_a_hostile_file_holds(tmp_path, name, content, says):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=says):
+        list(read_rows(tmp_path / name))
+
+
+def test_a_pipe_is_refused(tmp_path):
+    """It would be read once for its digest, and be empty for the rows."""
+    os.mkfifo(tmp_path / "p.jsonl")
+    with pytest.raises(DataError, match="is a pipe or a device"):
+        read_rows(tmp_path / "p.jsonl")

@@ -188,8 +188,14 @@ def test_what_keeps_a_scorer_from_being_made(home, tmp_path):
         ({"policy": None}, "the policy is None"),
         ({"policy": home / "x", "reference": 3, "beta": 1}, "the reference is a int"),
         ({"policy": str(home / "no"), "reference": home / "base"}, "policy cannot be opened at"),
-        ({"policy": home / "x", "beta": 0}, "beta is 0; it must be a number greater than 0"),
+        ({"policy": home / "x", "beta": 0}, "beta is 0; it must be a finite number greater than 0"),
         ({"policy": home / "x", "beta": True}, "beta is True"),
+        ({"policy": home / "x", "beta": 10**400}, "it must be a finite number"),
+        ({"policy": str(home / "no")}, "There is no reference: .*no' is no folder here"),
+        (
+            {"policy": home / "full", "reference": home / "full", "beta": 1},
+            "every score would be 0",
+        ),
         ({"policy": home / "x", "beta": 1, "temperature": -1}, "temperature is -1"),
         ({"policy": home / "x", "beta": 1, "max_tokens": 0}, "max_tokens is 0"),
     ):
@@ -197,7 +203,7 @@ def test_what_keeps_a_scorer_from_being_made(home, tmp_path):
             GibbsScorer(**arguments)
     run = copied(home, "x", tmp_path / "run")
     leave_recipe(run, trainer="sft", model_name_or_path=str(home / "base"))
-    with pytest.raises(ConfigError, match=r"names a trainer without one, or beta: 0\. Give beta="):
+    with pytest.raises(ConfigError, match=r"that is not installed, or beta: 0\. Give beta="):
         GibbsScorer(run)
     (run / "recipe.yaml").write_text("beta: [")
     with pytest.raises(ConfigError, match=r"recipe\.yaml cannot be read"):
@@ -303,3 +309,68 @@ def test_no_finite_log_ratio(home, weight, says):
     scorer = GibbsScorer(policy, str(home / "base"), beta=1.0)
     with pytest.raises(RunError, match=re.compile(says)):
         scorer.score(["hi"], ["hello"])
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (
+            {"beta": float("nan")},
+            "beta is nan; it must be a finite number from 0. Mend it, or move",
+        ),
+        ({"beta": float("inf")}, "beta is inf"),
+        ({"beta": 10**400}, "beta is 1000"),
+        (
+            {"beta": 1, "temperature": 0},
+            "temperature is 0; it must be a finite number greater than 0",
+        ),
+    ],
+)
+def test_a_recipe_with_numbers_that_are_none(tmp_path, values, says):
+    leave_recipe(tmp_path, trainer="grpo", **values)
+    with pytest.raises(ConfigError, match=says):
+        saved_run(str(tmp_path))
+
+
+def test_a_product_without_its_reward_has_no_beta(tmp_path):
+    leave_recipe(tmp_path, trainer="grpo", poe_alpha=0)
+    run = saved_run(str(tmp_path))
+    assert run is not None and run.beta is None
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_an_adapter_that_is_cut(home, tmp_path, name):
+    cut = copied(home, "x", tmp_path / "cut")
+    (cut / name).write_bytes((cut / name).read_bytes()[:60])
+    with pytest.raises(ConfigError, match=r"the policy .*cut.* cannot be opened: .*copy them once"):
+        GibbsScorer(cut, beta=1)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_is_cut_is_not_replaced_by_the_references(home, tmp_path, name):
+    cut = copied(home, "base", tmp_path / "cut")
+    (cut / name).write_text("{")
+    with pytest.raises(ConfigError, match=r"The tokenizer .*cut' cannot be opened"):
+        GibbsScorer(cut, home / "base", beta=1)
+
+
+def test_a_run_that_has_not_ended(tmp_path):
+    for number in (5, 10):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    leave_recipe(tmp_path, trainer="grpo", beta=1)
+    (tmp_path / "recipe.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"holds neither a model .* last checkpoint is .*-10'"):
+        GibbsScorer(tmp_path, beta=1)
+
+
+def test_a_start_that_has_moved(home, tmp_path):
+    run = copied(home, "x", tmp_path / "run")
+    leave_recipe(run, trainer="grpo", beta=1, model_name_or_path="./gone")
+    with pytest.raises(ConfigError, match=r"is what .*recipe\.yaml began with, as seen from where"):
+        GibbsScorer(run)
+
+
+def test_scores_beyond_the_largest_number(home):
+    scorer = GibbsScorer(home / "x", beta=1e308, temperature=0.01)
+    with pytest.raises(RunError, match=r"beta is 1e\+308, with which the scores are beyond"):
+        scorer.score(["abc"], ["bcd" * 9])

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.tiny import save_byte_llama
-from trl_ext.errors import ConfigError, DataError
+from trl_ext.errors import ConfigError, DataError, RunError
 from trl_ext.gibbs_prm import GibbsScorer
 from trl_ext.gibbs_prm.files import Row
 from trl_ext.gibbs_prm.streaming import score_rows
@@ -84,3 +84,29 @@ def test_an_error_names_the_row_of_the_input(scorer, bad, kind, says):
     """Its number in the window is another: the window of two begins with row 3's last."""
     with pytest.raises(kind, match=says):
         list(score_rows(scorer, [*ROWS, Row("p", ["x"]), bad], window=4))
+
+
+def test_a_failure_of_a_model_names_the_row_of_the_input(scorer, monkeypatch):
+    """It is row 1 of the third window of two: the second completion of row 2."""
+    real = scorer.token_log_ratios
+
+    def broken(prompt_ids, completion_ids):
+        for row, ids in enumerate(completion_ids):
+            if not ids:
+                raise RunError(f"Row {row}: the policy gives nan")
+        return real(prompt_ids, completion_ids)
+
+    monkeypatch.setattr(scorer, "token_log_ratios", broken)
+    with pytest.raises(RunError, match=r"\ARow 2 of the input, completion 1: the policy gives nan"):
+        list(score_rows(scorer, ROWS, window=2))
+
+
+def test_only_one_row_number_is_in_an_error(scorer):
+    with pytest.raises(ConfigError) as raised:
+        list(score_rows(scorer, [*ROWS, Row("p", ["b" * 5000])]))
+    assert "completion 0: it has 1 + 5000 tokens" in str(raised.value)
+
+
+def test_a_column_does_not_replace_the_number_of_its_row(scorer):
+    [[found]] = score_rows(scorer, [Row("p", ["a"], columns={"row": 7, "score": 1})])
+    assert found.columns == {"input_row": 7, "input_score": 1}
