@@ -275,6 +275,11 @@ class PolicyConfig(TRLGRPOConfig):
             for name in ("process_beta", "process_learning_rate")
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf
         ]
+        found += [
+            f"  {name}='' must be a path, a hub id or None."
+            for name in ("process_reward", "process_reference")
+            if getattr(self, name) == ""
+        ]
         if not math.isfinite(self.process_weight):
             found.append(f"  process_weight={self.process_weight!r} must be finite.")
         if not 0 <= self.process_gamma <= 1:

@@ -71,13 +71,13 @@ def choose(
     """
     _check_ways(by, aggregation, has_answers=answers is not None)
     _check_comparable(scored)
-    if answers is not None and len(answers) != len(scored):
+    of_each = _listed(answers, len(scored))
+    if len(of_each) != len(scored):
         raise DataError(
-            f"There are {len(scored)} completions and {len(answers)} answers; give one each, None "
+            f"There are {len(scored)} completions and {len(of_each)} answers; give one each, None "
             "for a completion without an answer."
         )
     scores = check_numbers([_score(each, scored[0], aggregation) for each in scored], "score")
-    of_each: list[Hashable | None] = list(answers or [None] * len(scored))
     votes = {} if by == "best" else _votes(of_each, scores, scored[0].beta, by)
     if not votes:
         best = int(scores.argmax())
@@ -108,7 +108,7 @@ def _check_ways(by: Any, aggregation: Any, *, has_answers: bool) -> None:
         ("by", by, get_args(By)),
         ("aggregation", aggregation, _AGGREGATIONS),
     ):
-        if value not in ways:
+        if not isinstance(value, str) or value not in ways:
             raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(ways)}.")
     if by != "best" and not has_answers:
         raise ConfigError(
@@ -122,7 +122,29 @@ def _check_ways(by: Any, aggregation: Any, *, has_answers: bool) -> None:
         )
 
 
-def _check_comparable(scored: Sequence[PrefixScores]) -> None:
+def _listed(answers: Any, size: int) -> list[Hashable | None]:
+    """The answers, of which each can be compared with the others."""
+    if answers is None:
+        return [None] * size
+    answers = answers.tolist() if hasattr(answers, "tolist") else answers
+    if isinstance(answers, str) or not isinstance(answers, Sequence):
+        raise DataError(f"answers is {answers!r}; it must be a list of one answer a completion.")
+    for row, answer in enumerate(answers):
+        # NaN is not equal to itself: no two of them would be one answer.
+        if not isinstance(answer, Hashable) or answer != answer:
+            raise DataError(
+                f"Answer {row} is {answer!r}, which cannot be counted. Give a text or a number, or "
+                "None for a completion without an answer."
+            )
+    return list(answers)
+
+
+def _check_comparable(scored: Any) -> None:
+    if not isinstance(scored, Sequence):
+        raise DataError(
+            f"scored is a {type(scored).__name__}; it must be a list of what a scorer's score() "
+            "returns."
+        )
     for row, each in enumerate(scored):
         if not isinstance(each, PrefixScores):
             raise DataError(f"Completion {row} is {each!r}; give what a scorer's score() returns.")

@@ -1,7 +1,7 @@
 """How often each way of choosing among n completions is right, and what n completions cost."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +91,8 @@ def accuracy_curve(
     Raises:
         DataError: the shapes differ, there is no prompt, n is out of range, or a completion with a
             score is neither right nor wrong, or has no length.
-        ConfigError: β is not a positive number.
+        ConfigError: β is not a positive number, max_subsets is no whole number from 2, or seed is
+            none from 0.
     """
     scores, correct, lengths = (
         _numbers(name, values)
@@ -102,6 +103,7 @@ def accuracy_curve(
         )
     )
     answers = _numbered(answers_PG)
+    _check_sampling(max_subsets, seed)
     _check(scores, correct, lengths, answers, ns, beta)
     table = _Table(scores, correct, answers, lengths, beta, max_subsets, seed)
     return [table.row(n) for n in ns]
@@ -175,10 +177,14 @@ def _numbers(name: str, values: Any) -> Tensor:
 
 def _numbered(answers: Any) -> Tensor:
     """(P, G) int64: equal answers of a prompt have equal numbers."""
-    rows = answers.tolist() if isinstance(answers, Tensor) else answers
+    rows = answers.tolist() if hasattr(answers, "tolist") else answers
+    if not isinstance(rows, list | tuple) or not all(isinstance(r, list | tuple) for r in rows):
+        raise DataError("answers_PG is no table; give P rows of G answers, None for no answer.")
     numbers = []
     for row in rows:
         known: dict[Any, int] = {None: _NONE}
+        if wrong := [a for a in row if not isinstance(a, Hashable) or a != a]:
+            raise DataError(f"answers_PG holds {wrong[0]!r}; give a text, a number or None.")
         numbers.append([known.setdefault(answer, len(known)) for answer in row])
     sizes = sorted({len(row) for row in numbers})
     if len(sizes) != 1:
@@ -206,8 +212,16 @@ def _check(
     _check_ns(ns, keep.sum(-1))
 
 
+def _check_sampling(max_subsets: Any, seed: Any) -> None:
+    for name, value, least in (("max_subsets", max_subsets, 2), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name} is {value!r}; it must be a whole number, {least} or more.")
+
+
 def _check_ns(ns: Any, sizes: Tensor) -> None:
     fewest = int(sizes.min())
+    if not isinstance(ns, Sequence) or isinstance(ns, str):
+        raise DataError(f"ns is {ns!r}; it must be a list of whole numbers from 1 to {fewest}.")
     for n in ns:
         if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= fewest:
             raise DataError(

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from pathlib import Path
 from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -37,15 +38,19 @@ def open_frozen(trainer: Any, tokenizer: Any) -> GibbsScorer:
         twin = without_adapters(trainer.model)
         policy = Adapter(PeftModel.from_pretrained(twin, policy, adapter_name="0"), "0")
         reference = None if reference and place_of(reference) == place else reference
-    scorer = GibbsScorer(
-        policy,
-        reference,
-        tokenizer,
-        beta,
-        temperature=run.temperature if run else None,
-        dtype=_dtype(trainer),
-        device=trainer.args.device,
-    )
+    try:
+        scorer = GibbsScorer(
+            policy,
+            reference,
+            tokenizer,
+            beta,
+            temperature=run.temperature if run else None,
+            dtype=_dtype(trainer),
+            device=trainer.args.device,
+        )
+    except ConfigError as error:
+        # Its "policy" is not the one that trains.
+        raise ConfigError(f"process_reward={args.process_reward!r}: {error}") from error
     for note in run.notes if run else []:
         logger.warning("process_reward %s: %s", args.process_reward, note)
     return scorer
@@ -57,15 +62,21 @@ def is_sharded(trainer: Any) -> bool:
 
 
 def _check_told(name: str, path: str, beta: float | None, reference: str | None) -> None:
+    beside = "no recipe.yaml beside it" if Path(path).is_dir() else "there is no such folder here"
     if beta is None:
         raise ConfigError(
-            f"process_beta is not known: no recipe.yaml beside process_reward={name!r} tells the β "
-            "that it was trained with. Set process_beta, in reward units per nat."
+            f"process_beta is not known for process_reward={name!r}: {beside} that tells the β it "
+            "was trained with. Correct the path, or set process_beta, in reward units per nat."
         )
     if reference is None and not is_adapter(path):
         raise ConfigError(
-            f"process_reference is not known: process_reward={name!r} is a whole model, and no "
-            "recipe.yaml beside it tells what it began as. Set process_reference."
+            f"process_reference is not known: process_reward={name!r} is no adapter, and {beside} "
+            "that tells what it began as. Correct the path, or set process_reference."
+        )
+    if reference is not None and place_of(reference) == place_of(path):
+        raise ConfigError(
+            f"process_reference is process_reward, {name!r}: its log-ratio to itself is 0, and "
+            "rewards nothing. Set process_reference to what it began as."
         )
 
 

@@ -9,10 +9,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from trl_ext.errors import ConfigError, RewardError
+from trl_ext.errors import ConfigError
 from trl_ext.functional import Baseline, baseline, held_returns, reward_to_go
 from trl_ext.functional.process_credit import at_step_ends
 from trl_ext.gibbs_prm.online import OnlineScorer
+from trl_ext.gibbs_prm.process_given import asked, check_sums, checked
 from trl_ext.gibbs_prm.process_models import open_frozen
 from trl_ext.gibbs_prm.process_steps import check_training_steps, step_ends
 from trl_ext.models.loading import tokenizer_at
@@ -128,7 +129,9 @@ class ProcessReward:
         rollout.batch["process_rewards"] = weight * rewards * keep
         rollout.batch["process_baseline"] = weight * compared_with * keep
         credit = credit[:, None] * mask if credit.dim() == 1 else credit
-        return credit + weight * (to_go - compared_with) * keep
+        own = weight * (to_go - compared_with) * keep
+        check_sums(own)
+        return credit + own
 
     def save(self, folder: Path) -> None:
         """Write a scorer that learns; another one is where it was.
@@ -159,17 +162,11 @@ class ProcessReward:
         if isinstance(self.scorer, OnlineScorer):
             given = self.scorer.learn(rows.prompt_ids, rows.completion_ids, rollout)
         else:
-            given = self.scorer.token_rewards(rows.prompt_ids, rows.completion_ids)
+            given = asked(self.scorer, rows.prompt_ids, rows.completion_ids)
+        numbers = checked(given, [len(ids) for ids in rows.completion_ids])
         rewards = torch.zeros(rollout.mask.shape)
-        _check_count(given, rows)
-        for row, numbers in enumerate(given):
-            rewards[row, : len(numbers)] = torch.as_tensor(numbers, dtype=torch.float32)
-        if not rewards.isfinite().all():
-            row, place = (~rewards.isfinite()).nonzero()[0].tolist()
-            raise RewardError(
-                f"The process reward of token {place} of completion {row} is "
-                f"{rewards[row, place].item()}; each must be a finite number."
-            )
+        for row, each in enumerate(numbers):
+            rewards[row, : len(each)] = each
         return rewards.to(rollout.mask.device)
 
     def _step_ends(self, rollout: Rollout) -> Tensor:
@@ -222,16 +219,6 @@ def _against_scorer(args: PolicyConfig, scorer: Any) -> list[str]:
 def _check_tokenizers(of_policy: Any, of_scorer: Any) -> None:
     if of_scorer is not None:
         check_vocabularies({"the policy": of_policy, "the process reward": of_scorer})
-
-
-def _check_count(given: Any, rows: Rows) -> None:
-    lengths = [len(numbers) for numbers in given]
-    wanted = [len(ids) for ids in rows.completion_ids]
-    if lengths != wanted:
-        raise RewardError(
-            f"The process reward gave lists of {lengths} numbers for completions of {wanted} "
-            "tokens. It must give one list a completion, one number a token."
-        )
 
 
 def _unpadded(batch: Mapping[str, Any], name: str) -> list[list[int]]:

@@ -4,7 +4,7 @@ log Z(x) is common to all prefixes of one prompt and cancels in their difference
 so ranking needs none; between prompts it does not cancel, so nothing here ranks across them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -132,6 +132,12 @@ def _entries(
     """Labels, scores that may be subtracted from each other, and their standard errors."""
     if level not in get_args(Level):
         raise ConfigError(f"level must be 'prefix' or 'completion', got {level!r}.")
+    if not isinstance(scores, Iterable):
+        raise DataError(
+            f"scores is a {type(scores).__name__}; it must be a list: of what a scorer's score() "
+            "returns, or of numbers."
+        )
+    scores = scores if isinstance(scores, Tensor) else list(scores)
     if not any(isinstance(each, PrefixScores) for each in scores):
         values = check_numbers(scores, "score")
         labels = [Label(index, None) for index in range(len(values))]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from trl_ext.errors import ConfigError, DataError
-from trl_ext.gibbs_prm.accuracy_curve import accuracy_curve
 from trl_ext.gibbs_prm.choosing import answers_of, choose
+from trl_ext.gibbs_prm.curves import accuracy_curve
 from trl_ext.gibbs_prm.scored import MonteCarloScores, PrefixScores
 
 
@@ -114,6 +114,12 @@ def test_answers_are_read_as_by_the_lenient_rewards():
     assert answers_of([[{"role": "assistant", "content": "it is 5"}]], numbers=True) == ["5"]
 
 
+def test_answers_may_be_an_array():
+    answers: Any = torch.tensor([4, 5, 4])
+    chosen = choose(completions(1.0, 2.0, 0.5), answers, by="majority")
+    assert (chosen.answer, chosen.index) == (4, 0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "kind", "says"),
     [
@@ -125,6 +131,13 @@ def test_answers_are_read_as_by_the_lenient_rewards():
         (([scored(math.nan, 1.0)],), {"aggregation": "mean"}, DataError, "got nan"),
         (([scored(math.nan, 1.0)],), {"aggregation": "min"}, DataError, "got nan"),
         ((completions(1.0), ["a", "b"]), {}, DataError, "1 completions and 2 answers"),
+        ((None,), {}, DataError, "scored is a NoneType; it must be a list"),
+        ((scored(1.0),), {}, DataError, "scored is a PrefixScores; it must be a list"),
+        ((completions(1.0), "a"), {}, DataError, "answers is 'a'; it must be a list"),
+        ((completions(1.0), 3), {}, DataError, "answers is 3; it must be a list"),
+        ((completions(1.0), [["a"]]), {"by": "majority"}, DataError, r"Answer 0 is \['a'\]"),
+        ((completions(1.0), [math.nan]), {"by": "majority"}, DataError, "Answer 0 is nan"),
+        ((completions(1.0),), {"aggregation": {}}, ConfigError, "aggregation is {}; it must"),
         ((completions(1.0),), {"by": "vote"}, ConfigError, "by is 'vote'; it must be one of best"),
         ((completions(1.0),), {"by": "majority"}, ConfigError, "there are none. Give answers="),
         ((completions(1.0),), {"aggregation": "max"}, ConfigError, "one of last, min, mean"),
@@ -186,6 +199,7 @@ def curve(ns, **options: Any):
         options.pop("lengths", LENGTHS),
         ns,
         beta=options.pop("beta", BETA),
+        **options,
     )
 
 
@@ -287,6 +301,14 @@ def test_at_all_completions_the_curve_is_what_is_chosen():
         ([4], {}, DataError, "ns holds 4; it must be a whole number from 1 to 3, .* prompt 2"),
         ([0], {}, DataError, "ns holds 0"),
         ([True], {}, DataError, "ns holds True"),
+        (2, {}, DataError, "ns is 2; it must be a list of whole numbers from 1 to 3"),
+        ([1], {"answers": None}, DataError, "answers_PG is no table"),
+        ([1], {"answers": ["a", "b", "c"]}, DataError, "answers_PG is no table"),
+        ([1], {"answers": [[["4"]] * 4] * 3}, DataError, r"answers_PG holds \['4'\]"),
+        ([1], {"answers": [[math.nan] * 4] * 3}, DataError, "answers_PG holds nan"),
+        ([1], {"max_subsets": 1}, ConfigError, "max_subsets is 1; it must be a whole number, 2 or"),
+        ([1], {"max_subsets": "9"}, ConfigError, "max_subsets is '9'"),
+        ([1], {"seed": None}, ConfigError, "seed is None; it must be a whole number, 0 or more"),
         ([1], {"beta": 0}, ConfigError, "beta is 0; it must be a number greater than 0"),
         ([1], {"beta": True}, ConfigError, "beta is True"),
         ([1], {"correct": [[0.5] * 4] * 3}, DataError, r"correct_PG holds 0\.5"),

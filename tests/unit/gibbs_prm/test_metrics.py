@@ -154,6 +154,55 @@ def test_each_metric_says_what_it_takes(name):
         assert f"{column}:" in metric.inputs_description
 
 
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda column, name: column[: None if name == "references" else 1],
+            "one length, got 1 pr",
+        ),
+        (lambda column, name: [None, *column[1:]], "Entry 0 of predictions is None; it must be a"),
+        (lambda column, name: ["x"] * len(column), "Entry 0 of predictions is 'x'"),
+        (lambda column, name: None if name == "references" else column, "references is missing"),
+        (lambda column, name: [], "There is no entry to compute from"),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused(name, change, says):
+    columns, options = INPUTS[name]
+    wrong = {key: change(list(column), key) for key, column in columns.items()}
+    with pytest.raises(DataError, match=says):
+        load_metric(name).compute(**wrong, **options)
+    if "no entry" in says:
+        metric = load_metric(name)
+        metric.add_batch(**wrong)  # nothing
+        with pytest.raises(DataError, match=says):
+            metric.compute(**options)
+    else:
+        with pytest.raises(DataError, match=says):
+            load_metric(name).add_batch(**wrong)
+
+
+@pytest.mark.parametrize("value", [0.5, float("nan"), float("inf")])
+def test_what_is_neither_right_nor_wrong_is_refused(value):
+    columns = BEST | {"references": [value, *BEST["references"][1:]]}
+    with pytest.raises(DataError, match=f"references holds {value}; a completion is right, 1"):
+        load_metric("best_of_n").compute(**columns)
+
+
+@pytest.mark.parametrize(
+    ("column", "options", "says"),
+    [
+        ([float("nan"), 0.5], {}, "probabilities must be between 0 and 1, got nan"),
+        ([0.1, 0.5], {"bins": 0}, "bins must be a positive whole number, got 0"),
+        ([0.1, 0.5], {"binning": "z"}, "binning must be 'width' or 'mass', got 'z'"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused(column, options, says):
+    with pytest.raises(DataError, match=says):
+        load_metric("calibration").compute(predictions=column, references=[0, 1], **options)
+
+
 def test_metrics_are_the_folders():
     folder = metric_path("best_of_n").parents[1]
     found = sorted(path.parent.name for path in folder.glob("*/*.py"))

@@ -1,6 +1,8 @@
 """The credit of a process reward by loops; how a scorer is opened; what does not go together."""
 
 import math
+import shutil
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -14,7 +16,9 @@ from tests.tiny import QUIET, VOCABULARY, count_a, prompts, save_byte_llama, sav
 from trl_ext.errors import ConfigError, RewardError
 from trl_ext.functional.process_credit import at_step_ends
 from trl_ext.gibbs_prm import GibbsScorer
+from trl_ext.gibbs_prm.encoding import Encoded, encode
 from trl_ext.gibbs_prm.process_steps import step_ends
+from trl_ext.gibbs_prm.steps import cut
 from trl_ext.grpo import GRPOTrainer
 from trl_ext.oracle import tabular_tokenizer
 from trl_ext.ppo import PPOTrainer
@@ -263,6 +267,48 @@ def test_a_step_ends_where_what_is_written_ends_it(byte_tokenizer, steps, text, 
     assert step_ends([5], with_eos, steps, byte_tokenizer) == wanted
 
 
+def slow_step_ends(encoded: Encoded, steps: Any) -> list[int]:
+    """As `cut` ends them, were the completion to go on with a word: asked after every token."""
+    ends: list[int] = []
+    for place in range(1, len(encoded.tokens) + 1):
+        begin = ends[-1] if ends else 0
+        tokens = [*encoded.tokens[begin:place], "x"]
+        places = list(accumulate(map(len, tokens)))
+        count = len(tokens)
+        window = Encoded([0], [0] * count, "".join(tokens), tokens, places, [True] * count, [])
+        if place - begin in cut(window, steps).token_ends:
+            ends.append(place)
+    return ends
+
+
+PIECES = [
+    "a",
+    "Dr",
+    "e.g",
+    "etc",
+    "1",
+    " ",
+    "\n",
+    "\r\n",
+    ".",
+    "!",
+    ")",
+    '"',
+    "。",
+    " B",
+    "é",
+    "\x0b",
+]
+RULES = ["newline", "sentence", "paragraph", "whole", "token", {"regex": "\n+"}, {"regex": "a|1$"}]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=20).map("".join), st.sampled_from(RULES))
+def test_steps_end_where_the_slow_way_ends_them(byte_tokenizer, text, steps):
+    ids = byte_tokenizer(text)["input_ids"]
+    slow = slow_step_ends(encode("a", "", byte_tokenizer, completion_ids=ids), steps)
+    assert step_ends([5], ids, steps, byte_tokenizer) == slow
+
+
 @given(st.text("ab\n. ", max_size=12), st.sampled_from(["newline", "sentence", "paragraph"]))
 def test_what_comes_later_ends_no_earlier_step(byte_tokenizer, text, steps):
     ids = byte_tokenizer(text)["input_ids"]
@@ -278,6 +324,19 @@ def test_what_comes_later_ends_no_earlier_step(byte_tokenizer, text, steps):
         (lambda ids: [[0.0] * len(each) for each in ids][:-1], "one list a completion"),
         (lambda ids: [[0.0] * (len(each) + 1) for each in ids], "one number a token"),
         (lambda ids: [[math.nan] * len(each) for each in ids], "must be a finite number"),
+        (lambda ids: [[1e300] * len(each) for each in ids], "is inf; each must be a finite"),
+        (lambda ids: None, "gave None. It must give a list"),
+        (lambda ids: ([0.0] * len(each) for each in ids), "gave <generator object"),
+        (lambda ids: dict.fromkeys(range(len(ids)), 0.0), "gave {0: 0.0"),
+        (lambda ids: [0.0] * len(ids), "gave 0.0 for completion 0: has more dimensions than one"),
+        (lambda ids: [torch.zeros(len(each), 1) for each in ids], "more dimensions than one"),
+        (lambda ids: [["a"] * len(each) for each in ids], "for completion 0: too many dimensions"),
+        (lambda ids: [[None] * len(each) for each in ids], "gave [None"),
+        (lambda ids: [[True] * len(each) for each in ids], "its entries are no numbers"),
+        (lambda ids: [[1j] * len(each) for each in ids], "its entries are no numbers"),
+        # Two of them add up to more than a float32 holds.
+        (lambda ids: [[3e38] * len(each) for each in ids], "add up to no finite number"),
+        (lambda ids: 1 / 0, "Wrong raised ZeroDivisionError: division by zero. Mend its"),
     ],
 )
 def test_what_a_scorer_gives_is_checked(make, given, says):
@@ -285,8 +344,33 @@ def test_what_a_scorer_gives_is_checked(make, given, says):
         def token_rewards(self, prompt_ids, completion_ids):
             return given(completion_ids)
 
-    with pytest.raises(RewardError, match=says):
+    with pytest.raises(RewardError) as caught:
         make(scorer=Wrong()).train()
+    assert says in str(caught.value)
+
+
+def test_a_scorer_may_change_its_arguments(make):
+    class Takes(OfToken):
+        def token_rewards(self, prompt_ids, completion_ids):
+            given = super().token_rewards(prompt_ids, completion_ids)
+            for ids in completion_ids:
+                ids.clear()
+            return given
+
+    credits = []
+    for scorer in (OfToken(), Takes()):
+        trainer = make(scorer=scorer)
+        credits.append(trainer.process_reward.added(torch.zeros(4), rollout_of([[1, 2, 0]] * 4)))
+    assert torch.equal(*credits)
+
+
+def test_an_error_of_trl_ext_stays_what_it_is(make):
+    class Refuses:
+        def token_rewards(self, prompt_ids, completion_ids):
+            raise ConfigError("too long")
+
+    with pytest.raises(ConfigError, match=r"^too long$"):
+        make(scorer=Refuses()).train()
 
 
 @pytest.mark.parametrize(
@@ -299,6 +383,8 @@ def test_what_a_scorer_gives_is_checked(make, given, says):
         ({"process_learning_rate": -1.0}, "process_learning_rate=-1.0 must be greater than 0"),
         ({"process_level": "word"}, "process_level='word' must be one of token, step"),
         ({"process_baseline": "optimal"}, "process_baseline='optimal' must be one of none, batch"),
+        ({"process_reward": ""}, "process_reward='' must be a path, a hub id or None"),
+        ({"process_reference": ""}, "process_reference='' must be a path"),
         ({"process_steps": 3}, "process_steps=3 must be the name of a way to cut"),
         (
             {"process_reward": "x", "process_steps": "sentence"},
@@ -344,11 +430,11 @@ def test_bad_options(tmp_path, options, says):
             GRPOTrainer,
             OfToken(),
             {"process_level": "step", "process_steps": "newlines"},
-            "Did you mean 'newline'",
+            "process_steps is 'newlines', which is no way to cut. Did you mean 'newline'",
         ),
         (RWRTrainer, OfToken(), {}, "never negative. Remove it"),
         (RWRTrainer, None, {"process_reward": "x"}, "process_reward='x' does nothing here: a wei"),
-        (GRPOTrainer, None, {"process_reward": "no/such"}, "process_beta is not known"),
+        (GRPOTrainer, None, {"process_reward": "no/such"}, "there is no such folder here"),
         (
             GRPOTrainer,
             None,
@@ -359,7 +445,13 @@ def test_bad_options(tmp_path, options, says):
             GRPOTrainer,
             None,
             {"process_reward": "no/such", "process_beta": 1.0, "process_reference": "no/other"},
-            "the policy cannot be opened at 'no/such'",
+            "process_reward='no/such': the policy cannot be opened at 'no/such'",
+        ),
+        (
+            GRPOTrainer,
+            None,
+            {"process_reward": "no/such", "process_beta": 1.0, "process_reference": "no/such"},
+            "process_reference is process_reward, 'no/such': its log-ratio to itself is 0",
         ),
     ],
 )
@@ -401,7 +493,7 @@ def test_an_object_and_the_options_give_the_same(make, adapter):
     torch.testing.assert_close(credits[0], credits[2], rtol=0, atol=1e-6)
 
 
-def test_an_adapter_of_the_policys_base_stands_on_the_policys_weights(make, adapter):
+def test_an_adapter_of_the_policys_base_stands_on_the_policys_weights(make, adapter, tmp_path):
     trainer = make(GRPOTrainer, process_reward=adapter, process_beta=0.3, lora=LORA)
     scorer = trainer.process_reward.scorer
     assert isinstance(scorer.policy.model, PeftModel) and scorer.reference.name is None
@@ -413,7 +505,7 @@ def test_an_adapter_of_the_policys_base_stands_on_the_policys_weights(make, adap
         process_reward=adapter,
         process_beta=0.3,
         lora=LORA,
-        process_reference=adapter,
+        process_reference=str(shutil.copytree(adapter, tmp_path / "same")),
         process_baseline="none",
     )
     rollout = rollout_of([[1, 2, 3, 0]] * 4)

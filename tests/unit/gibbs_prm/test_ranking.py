@@ -126,6 +126,8 @@ def test_infinite_scores_have_a_place():
     [
         ([], None, "nothing to rank"),
         ([scored([])], None, "nothing to rank"),
+        (None, None, "scores is a NoneType; it must be a list"),
+        (scored([1.0]), None, "scores is a PrefixScores; it must be a list"),
         ([1.0, math.nan], None, "score of entry 1 must be a number, got nan"),
         ([True, 1.0], None, "score of entry 0 must be a number, got True"),
         (["1.0"], None, "entry 0 must be a number, got '1.0'"),

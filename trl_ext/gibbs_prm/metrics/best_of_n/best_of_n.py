@@ -10,6 +10,7 @@ import torch
 from trl_ext.errors import DataError
 from trl_ext.functional.selection import best_of_n_accuracy
 from trl_ext.gibbs_prm.metrics.agreement import rows_by_name
+from trl_ext.gibbs_prm.metrics.columns import CheckedColumns
 
 _INPUTS = """
 Args:
@@ -25,7 +26,7 @@ Returns:
 """
 
 
-class BestOfN(evaluate.Metric):
+class BestOfN(CheckedColumns, evaluate.Metric):
     """Expected correctness of the highest-scored of n completions, by `best_of_n_accuracy`."""
 
     def _info(self):
@@ -46,6 +47,11 @@ class BestOfN(evaluate.Metric):
     def _compute(self, predictions, references, groups, n=1):
         scores = torch.tensor(predictions, dtype=torch.float64)
         correct = torch.tensor(references, dtype=torch.float64)
+        wrong = correct[(correct != 0) & (correct != 1)]
+        if len(wrong):
+            raise DataError(
+                f"references holds {wrong[0].item()}; a completion is right, 1, or wrong, 0."
+            )
         rows = rows_by_name(groups)
         for group, members in rows.items():
             scored = len(members) - int(scores[members].isnan().sum())

@@ -7,7 +7,9 @@ import datasets
 import evaluate
 import torch
 
+from trl_ext.errors import DataError
 from trl_ext.functional.calibration import Binning, brier, expected_calibration_error, reliability
+from trl_ext.gibbs_prm.metrics.columns import CheckedColumns
 
 _INPUTS = """
 Args:
@@ -24,7 +26,7 @@ Returns:
 """
 
 
-class Calibration(evaluate.Metric):
+class Calibration(CheckedColumns, evaluate.Metric):
     """Calibration error, Brier score and reliability, by `trl_ext.functional.calibration`."""
 
     def _info(self):
@@ -38,7 +40,10 @@ class Calibration(evaluate.Metric):
 
     def _compute(self, predictions, references, bins=10, binning: Binning = "width"):
         predicted, observed = torch.tensor([predictions, references], dtype=torch.float64)
-        columns = reliability(predicted, observed, bins, binning=binning)
+        try:
+            columns = reliability(predicted, observed, bins, binning=binning)
+        except ValueError as error:
+            raise DataError(str(error)) from error
         rows = [
             dict(zip(columns._fields, row, strict=True))
             for row in zip(*(column.tolist() for column in columns), strict=True)

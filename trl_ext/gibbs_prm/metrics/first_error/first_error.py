@@ -8,6 +8,7 @@ import dataclasses
 import datasets
 import evaluate
 
+from trl_ext.gibbs_prm.metrics.columns import CheckedColumns
 from trl_ext.gibbs_prm.metrics.processbench import f1
 
 _INPUTS = """
@@ -23,7 +24,7 @@ Returns:
 """
 
 
-class FirstError(evaluate.Metric):
+class FirstError(CheckedColumns, evaluate.Metric):
     """F1 of predicted first errors, by `f1` of processbench.py."""
 
     def _info(self):

@@ -9,6 +9,7 @@ import datasets
 import evaluate
 
 from trl_ext.gibbs_prm.metrics.agreement import score_agreement
+from trl_ext.gibbs_prm.metrics.columns import CheckedColumns
 
 _INPUTS = """
 Args:
@@ -23,7 +24,7 @@ Returns:
 """
 
 
-class RankAgreement(evaluate.Metric):
+class RankAgreement(CheckedColumns, evaluate.Metric):
     """Kendall's τ_b and Spearman's ρ within prompts, by `score_agreement`."""
 
     def _info(self):
