@@ -17,12 +17,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_ext.errors import ConfigError, DataError
+from trl_ext.cli.rank_truth import of_another, of_draws, of_first_errors, of_labels, rows_in
+from trl_ext.errors import DataError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from trl_ext.gibbs_prm.scored_file import ScoredRow
+    from trl_ext.gibbs_prm.scored_row import ScoredRow
 
 _SHOWN = 5
 
@@ -64,17 +65,17 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     console = Console(highlight=False)
-    rows = _read(args.file)
+    rows = rows_in(args.file)
     prompts = _by_prompt(rows)
     ranked = [_ranked(group) for group in prompts.values()]
     if args.output is not None:
         _write(Path(args.output), ranked)
     _print_ranks(console, ranked)
     found = {
-        "separation": _separation(console, rows),
-        "best_of_n": _best_of_n(console, args, prompts),
-        "first_error": _first_error(console, args, rows),
-        "agreement": _agreement(console, args, rows),
+        "separation": of_labels(console, rows),
+        "best_of_n": of_draws(console, args, prompts),
+        "first_error": of_first_errors(console, args, rows),
+        "agreement": of_another(console, args, rows),
     }
     if args.json is not None:
         write_json_file(
@@ -93,12 +94,6 @@ def _counts(text: str) -> list[int]:
             f"must be whole numbers from 1, as in 1,4,16, got {text!r}"
         )
     return sorted(set(found))
-
-
-def _read(name: str) -> "list[ScoredRow]":
-    from trl_ext.gibbs_prm.scored_file import read_scored
-
-    return list(read_scored(name))
 
 
 def _by_prompt(rows: "list[ScoredRow]") -> "dict[str, list[ScoredRow]]":
@@ -130,7 +125,7 @@ def _ranked(group: "list[ScoredRow]") -> "list[tuple[float, ScoredRow]]":
 
 def _write(path: Path, ranked: "list[list[tuple[float, ScoredRow]]]") -> None:
     from trl_ext.cli.generate_output import not_written
-    from trl_ext.gibbs_prm.scored_file import line_of
+    from trl_ext.gibbs_prm.row_values import line_of
 
     new = path.with_name(path.name + ".partial.new")
     try:
@@ -173,174 +168,3 @@ def _brief(said: Any, size: int) -> str:
     if len(line) <= abs(size):
         return line
     return line[: size - 1] + "…" if size > 0 else "…" + line[size + 1 :]
-
-
-def _correct(row: "ScoredRow") -> bool:
-    return row.label is not None and row.label >= 1
-
-
-def _separation(console: "Console", rows: "list[ScoredRow]") -> dict[str, Any] | None:
-    from trl_ext.gibbs_prm.separating import separation
-
-    labelled = [row for row in rows if row.label is not None]
-    if not labelled:
-        return None
-    try:
-        found = separation(
-            [row.scores.score for row in labelled],
-            [_correct(row) for row in labelled],
-            [repr(row.scores.prompt) for row in labelled],
-        )
-    except DataError as error:
-        console.print(f"labels: {error}", markup=False)
-        return None
-    console.print(
-        f"a right completion scores higher than a wrong one of its prompt in "
-        f"{found.probability:.1%} of pairs{_interval(found.interval)}; {found.num_pairs} pairs of "
-        f"{found.num_prompts} prompts"
-    )
-    return vars(found)
-
-
-def _interval(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f" (95%: {interval[0]:.1%} to {interval[1]:.1%})"
-
-
-def _best_of_n(
-    console: "Console", args: argparse.Namespace, prompts: "dict[str, list[ScoredRow]]"
-) -> list[dict[str, Any]] | None:
-    from dataclasses import asdict
-
-    from trl_ext.gibbs_prm.curves import accuracy_curve
-
-    groups = [g for g in prompts.values() if all(row.label is not None for row in g)]
-    fewest = min(map(len, groups), default=0)
-    if fewest < 2:
-        if args.n is not None:
-            raise ConfigError(
-                "--n: the best of n needs labels and several completions of each prompt, and "
-                f"{args.file} has {'no labels' if not groups else 'prompts with one completion'}."
-            )
-        return None
-    ns = args.n or [2**k for k in range(fewest.bit_length())]
-    if max(ns) > fewest:
-        raise ConfigError(
-            f"--n: {max(ns)} is more than the {fewest} completions that a prompt has."
-        )
-    widest = max(map(len, groups))
-
-    def table(of: Any, empty: Any) -> list[list[Any]]:
-        return [[of(row) for row in g] + [empty] * (widest - len(g)) for g in groups]
-
-    curve = accuracy_curve(
-        table(lambda row: row.scores.score, float("nan")),
-        table(_correct, False),
-        table(lambda row: row.answer, None),
-        table(lambda row: len(row.scores.tokens), 0),
-        ns,
-        beta=groups[0][0].scores.beta,
-    )
-    has_answers = any(row.answer is not None for g in groups for row in g)
-    _print_curve(console, curve, len(groups), has_answers)
-    return [asdict(row) for row in curve]
-
-
-def _print_curve(console: "Console", curve: Any, prompts: int, has_answers: bool) -> None:
-    from rich.table import Table
-
-    ways = {"best of n": "best", "chance": "random", "any right": "pass_at_n"}
-    if has_answers:
-        voting = {"majority": "majority", "weighted": "weighted_majority"}
-        ways = {"best of n": "best", **voting, "chance": "random", "any right": "pass_at_n"}
-    table = Table(
-        "n", "tokens", *ways, title=f"right answers of {prompts} prompts in % (95% interval)"
-    )
-    for row in curve:
-        cells = [_percent(getattr(row, name)) for name in ways.values()]
-        table.add_row(str(row.n), f"{row.tokens:.0f}", *cells)
-    console.print(table)
-    if has_answers:
-        gain = curve[-1].best_minus_majority
-        console.print(f"best of {curve[-1].n} minus majority: {_percent(gain)} points")
-
-
-def _percent(estimate: Any) -> str:
-    if estimate.interval is None:
-        return f"{100 * estimate.mean:.1f}"
-    low, high = (100 * end for end in estimate.interval)
-    return f"{100 * estimate.mean:.1f} ({low:.0f} to {high:.0f})"
-
-
-def _first_error(
-    console: "Console", args: argparse.Namespace, rows: "list[ScoredRow]"
-) -> dict[str, Any] | None:
-    from trl_ext.gibbs_prm.first_error import f1, predict, step_values, tune
-
-    known = [row for row in rows if row.first_error is not None and row.scores.steps]
-    if not known:
-        if args.validation is not None:
-            raise ConfigError(f"--validation: {args.file} has no first errors to be judged by.")
-        return None
-    if args.validation is not None:
-        tuning = [r for r in _read(args.validation) if r.first_error is not None and r.scores.steps]
-        judged, where = known, args.validation
-        if not tuning:
-            raise ConfigError(f"--validation {where}: it has no first errors to tune by.")
-    else:
-        tuning, judged, where = known[::2], known[1::2], "every other solution"
-
-    def values(of: "list[ScoredRow]") -> list[list[float]]:
-        return step_values([row.scores for row in of], args.by)
-
-    try:
-        threshold = tune(values(tuning), [_label(row) for row in tuning])
-    except DataError as error:
-        console.print(f"first errors: {error}", markup=False)
-        return None
-    predicted = predict(values(judged), threshold.threshold)
-    found = f1(predicted, [_label(row) for row in judged])
-    console.print(
-        f"first errors: F1 {found.f1:.1%} on {len(judged)} solutions (of the wrong ones "
-        f"{found.accuracy_error:.1%} found, of the right ones {found.accuracy_correct:.1%} left "
-        f"alone); a step is wrong where its {args.by} is below {threshold.threshold:.4g}, tuned on "
-        f"{where} to {threshold.f1:.1%}",
-        markup=False,
-    )
-    return {"threshold": threshold.threshold, "tuned": threshold.f1, **vars(found)}
-
-
-def _label(row: "ScoredRow") -> int:
-    """The first error as a step of those scored: some of the file's may have become one."""
-    merged, label = row.scores.merged_into, row.first_error
-    assert label is not None
-    return merged[label] if label >= 0 and merged else label
-
-
-def _agreement(
-    console: "Console", args: argparse.Namespace, rows: "list[ScoredRow]"
-) -> dict[str, Any] | None:
-    from trl_ext.gibbs_prm.ranking import agreement
-
-    if args.against is None:
-        return None
-    others = {(row.row, row.sample): row for row in _read(args.against)}
-    missing = [row for row in rows if (row.row, row.sample) not in others]
-    if missing:
-        raise DataError(
-            f"--against {args.against}: it has no completion {missing[0].sample} of row "
-            f"{missing[0].row}. Score the same file twice."
-        )
-    found = agreement(
-        [row.scores for row in rows], [others[row.row, row.sample].scores for row in rows]
-    )
-    console.print(
-        f"agreement with {args.against}: Kendall's tau-b {found.kendall_tau_b:.3f}"
-        f"{_plain(found.kendall_interval)}, Spearman's rho {found.spearman:.3f}"
-        f"{_plain(found.spearman_interval)}; {found.num_prompts} prompts, {found.num_pairs} pairs",
-        markup=False,
-    )
-    return vars(found)
-
-
-def _plain(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f" (95%: {interval[0]:.3f} to {interval[1]:.3f})"

@@ -29,7 +29,7 @@ from trl_ext.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from trl_ext.gibbs_prm.files import Row
-    from trl_ext.gibbs_prm.scored_file import ScoredRow
+    from trl_ext.gibbs_prm.scored_row import ScoredRow
     from trl_ext.gibbs_prm.scorer import GibbsScorer
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")

@@ -14,7 +14,7 @@ from rich.text import Text
 from trl_ext.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trl_ext.gibbs_prm.scored_file import ScoredRow
+    from trl_ext.gibbs_prm.scored_row import ScoredRow
     from trl_ext.gibbs_prm.scorer import GibbsScorer
 
 _WORST = 5

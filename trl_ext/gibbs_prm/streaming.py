@@ -7,7 +7,7 @@ from typing import Any
 
 from trl_ext.errors import ConfigError, DataError, RunError, TrlExtError
 from trl_ext.gibbs_prm.files import Row
-from trl_ext.gibbs_prm.scored_file import ScoredRow, apart
+from trl_ext.gibbs_prm.scored_row import ScoredRow, apart
 from trl_ext.gibbs_prm.scorer import GibbsScorer
 
 GIVEN = "given"

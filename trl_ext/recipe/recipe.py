@@ -22,6 +22,7 @@ from trl_ext.recipe.experts import check_experts
 from trl_ext.recipe.findings import Finding, Origin, raise_if_any
 from trl_ext.recipe.groups import check_eval_group_size, check_group_size, check_launcher
 from trl_ext.recipe.layers import display_name, read_layers
+from trl_ext.recipe.process import check_process
 from trl_ext.recipe.schema import (
     COMMON_GROUPS,
     LAUNCH_GROUP,
@@ -136,6 +137,7 @@ def _check(file: Path, entries: Entries, recipe: Origin, findings: list[Finding]
         check_kl(groups["config"], values, entries, recipe, findings)
         check_alpha(refused_options(target), groups["config"], values, entries, findings)
         check_experts(groups["config"], values, entries, recipe, findings)
+        check_process(groups["config"], values, entries, findings)
         check_group_size(entries, groups["config"], values, where, recipe, findings)
         check_eval_group_size(entries, groups["config"], values, where, recipe, findings)
     if findings:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from trl_ext.gibbs_prm.scored import GibbsScores
-from trl_ext.gibbs_prm.scored_file import ScoredFile, ScoredRow
+from trl_ext.gibbs_prm.scored_file import ScoredFile
+from trl_ext.gibbs_prm.scored_row import ScoredRow
 
 
 def scored(row: int, sample: int, rewards: list[float], **known) -> ScoredRow:

@@ -9,7 +9,8 @@ import pytest
 
 from trl_ext.errors import ConfigError, DataError, RunError
 from trl_ext.gibbs_prm.scored import GibbsScores
-from trl_ext.gibbs_prm.scored_file import ScoredFile, ScoredRow, apart, check_output, read_scored
+from trl_ext.gibbs_prm.scored_file import ScoredFile, check_output, read_scored
+from trl_ext.gibbs_prm.scored_row import ScoredRow, apart
 
 ABOUT = {"policy": "p", "steps": {"regex": ";"}, "beta": 0.5}
 

@@ -6,7 +6,7 @@ from tests.unit.recipe.conftest import LEAST
 from trl_ext.errors import ConfigError
 from trl_ext.recipe import read_recipe
 from trl_ext.recipe.ranges import RANGES, allowed_instead
-from trl_ext.recipe.schema import LAUNCH_GROUP, class_fields, config_fields
+from trl_ext.recipe.schema import LAUNCH_GROUP, class_fields, config_fields, refused_options
 from trl_ext.registry import TRAINERS
 
 OUTSIDE = {
@@ -42,6 +42,10 @@ OUTSIDE = {
     "old_kl_coef": "0",
     "old_kl_target": "0 -1",
     "poe_alpha": "0 -0.5 .inf .nan",
+    "process_beta": "0 -1 .inf",
+    "process_gamma": "-0.1 1.1",
+    "process_learning_rate": "0 -1",
+    "process_weight": ".nan .inf",
     "value_clip": "0 .nan",
     "num_processes": "0 -1",
     "num_machines": "0",
@@ -70,7 +74,11 @@ LAUNCH = class_fields(LAUNCH_GROUP)
 
 def recipe_with(key: str, value: str) -> str:
     """The least recipe of a trainer that has the key, with the key in line 5."""
-    trainer = next(name for name, fields in FIELDS.items() if key in fields or key in LAUNCH)
+    trainer = next(
+        name
+        for name, fields in FIELDS.items()
+        if key in LAUNCH or (key in fields and key not in refused_options(TRAINERS.resolve(name)))
+    )
     return LEAST.replace("trainer: rwr", f"trainer: {trainer}") + f"{key}: {value}\n"
 
 

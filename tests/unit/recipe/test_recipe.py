@@ -457,6 +457,40 @@ def test_alpha_is_checked_with_the_rest(write):
         read_recipe("r.yaml")
 
 
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ("process_beta: 0.1\n", "process_beta: does nothing without process_reward or process_lea"),
+        ("process_reward: p\nprocess_steps: sentence\n", "process_steps: does nothing with process"),
+        (
+            "process_reward: p\nprocess_level: step\nprocess_steps: lines\n",
+            "r.yaml:7: process_steps: process_steps is 'lines', which is no way to cut",
+        ),
+        ("process_reward: p\nprocess_level: step\nprocess_steps: {regex: '('}\n", "process_steps: "),
+        ("process_learning_rate: 0.1\nprocess_level: steps\n", "allowed: one of step, token"),
+    ],
+)
+def test_options_of_a_process_reward(write, lines, says):
+    least = "model_name_or_path: m\ndataset_name: d\noutput_dir: o\n"
+    write("r.yaml", f"trainer: reinforce\n{least}{lines}", least=False)
+    with pytest.raises(ConfigError) as caught:
+        read_recipe("r.yaml")
+    assert says in str(caught.value)
+    assert "has 1 problem" in str(caught.value)
+
+
+def test_a_process_reward_as_it_should_be(write):
+    least = "model_name_or_path: m\ndataset_name: d\noutput_dir: o\n"
+    lines = "process_reward: p\nprocess_level: step\nprocess_steps: sentence\nprocess_beta: 0.1\n"
+    write("r.yaml", f"trainer: ppo\n{least}{lines}", least=False)
+    assert read_recipe("r.yaml").values["process_steps"] == "sentence"
+    write("r.yaml", f"trainer: ppo\n{least}process_learning_rate: 1e-4\n", least=False)
+    assert read_recipe("r.yaml").values["process_learning_rate"] == 1e-4
+    write("r.yaml", f"trainer: rwr\n{least}process_reward: p\n", least=False)
+    with pytest.raises(ConfigError, match="process_reward: .*does nothing"):
+        read_recipe("r.yaml")
+
+
 def test_alpha_counts_as_beta_where_penalties_are_checked(write):
     """GRPO's default β is 0, with which no penalty is unsound."""
     least = "model_name_or_path: m\ndataset_name: d\noutput_dir: o\npoe_alpha: 0.5\n"
