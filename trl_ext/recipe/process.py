@@ -31,7 +31,7 @@ def check_process(
     try:
         check_training_steps(values["process_steps"])
     except ConfigError as error:
-        found("process_steps", str(error))
+        found("process_steps", str(error).removeprefix("process_steps is "))
         return
     if values.get("process_level", fields["process_level"].default) == "token":
         found("process_steps", "does nothing with process_level: token; set process_level: step")

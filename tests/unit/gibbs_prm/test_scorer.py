@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tests.tiny import save_byte_llama
 from trl_ext.errors import ConfigError, DataError, RunError
 from trl_ext.gibbs_prm import GibbsScorer
 from trl_ext.gibbs_prm.saved_run import saved_run
-from trl_ext.models.adapter import Adapter
+from trl_ext.models.adapter import Adapter, inner_model
 from trl_ext.rwr import RWRConfig
 
 PROMPTS = ["What is 2 + 2?", "hi"]
@@ -181,6 +182,7 @@ def test_beta_of_a_recipe(tmp_path, values, beta, note):
 
 
 def test_what_keeps_a_scorer_from_being_made(home, tmp_path):
+    arguments: dict[str, Any]
     for arguments, says in (
         ({"policy": home / "full"}, "There is no reference: .*full' is a whole model"),
         ({"policy": home / "x"}, "beta is not known: no recipe.yaml of a run lies beside"),
@@ -228,7 +230,7 @@ def test_tokenizers_that_differ(home, tmp_path):
 
 def test_rows_that_cannot_be_scored(home):
     scorer = GibbsScorer(home / "full", home / "base", beta=1.0)
-    limit = scorer.policy.config.max_position_embeddings
+    limit = inner_model(scorer.policy).config.max_position_embeddings
     long = "a" * (limit - 1)
     with pytest.raises(ConfigError, match=rf"Row 1 has 2 \+ {limit - 1} tokens .* at most {limit}"):
         scorer.score(["hi", "hi"], ["a", long])

@@ -461,13 +461,19 @@ def test_alpha_is_checked_with_the_rest(write):
     ("lines", "says"),
     [
         ("process_beta: 0.1\n", "process_beta: does nothing without process_reward or process_lea"),
-        ("process_reward: p\nprocess_steps: sentence\n", "process_steps: does nothing with process"),
+        (
+            "process_reward: p\nprocess_steps: sentence\n",
+            "process_steps: does nothing with pro",
+        ),
         (
             "process_reward: p\nprocess_level: step\nprocess_steps: lines\n",
-            "r.yaml:7: process_steps: process_steps is 'lines', which is no way to cut",
+            "r.yaml:7: process_steps: 'lines', which is no way to cut",
         ),
-        ("process_reward: p\nprocess_level: step\nprocess_steps: {regex: '('}\n", "process_steps: "),
-        ("process_learning_rate: 0.1\nprocess_level: steps\n", "allowed: one of step, token"),
+        (
+            "process_reward: p\nprocess_level: step\nprocess_steps: {regex: '('}\n",
+            "process_steps: ",
+        ),
+        ("process_learning_rate: 0.1\nprocess_level: steps\n", "allowed: one of token, step"),
     ],
 )
 def test_options_of_a_process_reward(write, lines, says):
@@ -487,7 +493,7 @@ def test_a_process_reward_as_it_should_be(write):
     write("r.yaml", f"trainer: ppo\n{least}process_learning_rate: 1e-4\n", least=False)
     assert read_recipe("r.yaml").values["process_learning_rate"] == 1e-4
     write("r.yaml", f"trainer: rwr\n{least}process_reward: p\n", least=False)
-    with pytest.raises(ConfigError, match="process_reward: .*does nothing"):
+    with pytest.raises(ConfigError, match=r"process_reward: .*does nothing"):
         read_recipe("r.yaml")
 
 
