@@ -5,10 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from trl_ext.errors import ConfigError, RewardError
+from trl_ext.gibbs_prm.given_rows import each_row
 from trl_ext.gibbs_prm.rollout_checks import check_count, check_temperature
 from trl_ext.gibbs_prm.rollout_estimates import Estimate, estimated, notes_of
 from trl_ext.gibbs_prm.rollout_rewards import RolloutReward
-from trl_ext.gibbs_prm.rollout_rows import Key, Row, each_row, rows_of
+from trl_ext.gibbs_prm.rollout_rows import Key, Row, rows_of
 from trl_ext.gibbs_prm.sampling import GenerateSampler, Rollouts
 from trl_ext.gibbs_prm.scored import MonteCarloScores
 from trl_ext.models.loading import load_causal, open_tokenizer, tokenizer_at

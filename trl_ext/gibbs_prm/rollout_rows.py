@@ -46,7 +46,7 @@ def rows_of(
     """Completions in tokens and steps.
 
     Args:
-        given: as `each_row` gives them.
+        given: as `trl_ext.gibbs_prm.given_rows.each_row` gives them.
         tokenizer: of the policy.
         sampler: which says where completions end.
         append_eos: end each text with the end-of-sequence token.
@@ -106,40 +106,6 @@ def _check_can_be_rolled_out(number: int, encoded: Encoded, sampler: Rollouts) -
             f"Row {number}: token {ended[0]} (from 0) of the completion, {ids[ended[0]]}, ends a "
             f"completion, and {len(ids) - 1 - ended[0]} more follow. Cut it there."
         )
-
-
-def each_row(
-    prompts: Any, completions: Any, steps: Any, completion_ids: Any, columns: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """The arguments of `MonteCarloScorer.score`, a mapping a row.
-
-    Raises:
-        ConfigError: they are no lists of one length.
-    """
-    lists = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-    if isinstance(steps, list | tuple):
-        lists["steps"] = steps
-    lists = {name: values for name, values in {**lists, **columns}.items() if values is not None}
-    for name, values in lists.items():
-        if isinstance(values, str) or not isinstance(values, Sequence):
-            raise ConfigError(
-                f"{name} is a {type(values).__name__}; it must be a list with one value a row."
-            )
-        if len(values) != len(prompts):
-            raise ConfigError(
-                f"There are {len(prompts)} prompts, and {name} has {len(values)} values; give one "
-                "for each prompt, the same prompt again where it has several completions."
-            )
-    return [
-        {
-            "prompt": prompts[row],
-            "completion": completions[row],
-            "steps": lists["steps"][row] if "steps" in lists else steps,
-            "completion_ids": None if completion_ids is None else completion_ids[row],
-            "columns": {name: values[row] for name, values in columns.items()},
-        }
-        for row in range(len(prompts))
-    ]
 
 
 def _same(one: Any, other: Any) -> bool:

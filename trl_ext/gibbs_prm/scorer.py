@@ -10,6 +10,7 @@ from torch import Tensor
 from trl_ext.errors import ConfigError, RunError
 from trl_ext.functional import prefix_log_ratio
 from trl_ext.gibbs_prm.encoding import Encoded, encode, short
+from trl_ext.gibbs_prm.given_rows import each_row
 from trl_ext.gibbs_prm.pair import POLICY, REFERENCE, open_pair
 from trl_ext.gibbs_prm.scored import GibbsScores
 from trl_ext.gibbs_prm.steps import check_steps, cut
@@ -140,20 +141,19 @@ class GibbsScorer:
         self, prompts: Any, completions: Any, steps: Any, completion_ids: Any, append_eos: bool
     ) -> tuple[list[Any], list[Encoded]]:
         """How each row is cut, and each row in tokens."""
-        _check_lengths(prompts, completions, completion_ids)
-        of_row = _one_each(steps, prompts) if _is_given(steps) else [steps] * len(prompts)
-        for each in of_row if _is_given(steps) else [steps]:
+        rows = each_row(prompts, completions, steps, completion_ids, {})
+        for each in (row["steps"] for row in rows) if isinstance(steps, list | tuple) else [steps]:
             check_steps(each)
-        return of_row, [
+        return [row["steps"] for row in rows], [
             encode(
-                prompt,
-                completion,
+                row["prompt"],
+                row["completion"],
                 self.tokenizer,
-                completion_ids=None if completion_ids is None else completion_ids[row],
+                completion_ids=row["completion_ids"],
                 append_eos=append_eos,
-                row=row,
+                row=number,
             )
-            for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+            for number, row in enumerate(rows)
         ]
 
     def token_log_ratios(self, prompt_ids: TokenIds, completion_ids: TokenIds) -> list[Tensor]:
@@ -225,36 +225,6 @@ class GibbsScorer:
                 "completion: there is no finite log-ratio. Load the model in float32, and look at "
                 f"its weights and at the temperature, {self.temperature:g}."
             )
-
-
-def _is_given(steps: Any) -> bool:
-    """Whether there is one for each completion: a list, and not a name or a pattern for all."""
-    return isinstance(steps, list | tuple)
-
-
-def _one_each(steps: Sequence[Any], prompts: Sequence[Any]) -> list[Any]:
-    if len(steps) != len(prompts):
-        raise ConfigError(
-            f"steps gives {len(steps)} lists of steps, and there are {len(prompts)} completions. "
-            "Give one list of steps for each completion, or a rule such as 'newline'."
-        )
-    return list(steps)
-
-
-def _check_lengths(prompts: Any, completions: Any, completion_ids: Any) -> None:
-    for name, values in (("prompts", prompts), ("completions", completions)):
-        if isinstance(values, str):
-            raise ConfigError(f"{name} is one text; it must be a list of them: [{values!r}].")
-    if len(prompts) != len(completions):
-        raise ConfigError(
-            f"There are {len(prompts)} prompts and {len(completions)} completions. Give one prompt "
-            "for each completion, the same one again where it has several."
-        )
-    if completion_ids is not None and len(completion_ids) != len(completions):
-        raise ConfigError(
-            f"completion_ids has {len(completion_ids)} rows, and there are {len(completions)} "
-            "completions."
-        )
 
 
 def _check_positive(name: str, value: Any) -> None:

@@ -238,15 +238,15 @@ def test_rows_that_cannot_be_scored(home):
         scorer.score(["hi"], [[{"role": "assistant", "content": "a"}]])
     with pytest.raises(DataError, match="row 1: the prompt '' has no token"):
         scorer.score(["hi", ""], ["a", "b"])
-    with pytest.raises(ConfigError, match="There are 2 prompts and 1 completions"):
+    with pytest.raises(ConfigError, match="There are 2 prompts, and completions has 1 values"):
         scorer.score(["hi", "ho"], ["a"])
-    with pytest.raises(ConfigError, match="completions is one text; it must be a list"):
+    with pytest.raises(ConfigError, match="completions is a str; it must be a list"):
         scorer.score(["hi"], "a")
     with pytest.raises(ConfigError, match="steps is 'line', which is no way to cut"):
         scorer.score(["hi"], ["a"], "line")
-    with pytest.raises(ConfigError, match="steps gives 1 lists of steps, and there are 2 compl"):
+    with pytest.raises(ConfigError, match="There are 2 prompts, and steps has 1 values"):
         scorer.score(["hi", "hi"], ["a", "b"], [["a"]])
-    with pytest.raises(ConfigError, match="completion_ids has 1 rows, and there are 2"):
+    with pytest.raises(ConfigError, match="There are 2 prompts, and completion_ids has 1 val"):
         scorer.score(["hi", "hi"], ["a", "b"], completion_ids=[[1]])
 
 
