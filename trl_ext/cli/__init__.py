@@ -32,7 +32,7 @@ COMMANDS = {
     "cp": "Copy a shipped recipe, to change it.",
     "generate": "Answer prompts with a product of experts, beside each expert alone.",
     "score": "Score every prefix of completions with a trained policy.",
-    "rank": "Rank scored completions, and judge the scores by what is known.",
+    "rank": "Rank scored completions within their prompts, and judge the scores by what is known.",
     "count": "Count an n-gram or naive Bayes expert from a corpus.",
     "kl-table": "Grade every KL penalty exactly, your own too.",
     "oracle-check": "Train the trainers side by side where the optimum is known exactly.",

@@ -3,7 +3,7 @@
 FILE is what `trl_ext score` wrote. Where rows have labels, it is told how often a right completion
 scores higher than a wrong one, and how often the best of n is right, beside a majority of answers
 and chance. Where they have first errors, a threshold on the step rewards is tuned on --validation,
-or on every other prompt, and judged on the rest. --against compares with another scoring of the
+or on every other solution, and judged on the rest. --against compares with another scoring of the
 same completions.
 
 examples:
@@ -148,7 +148,11 @@ def _print_ranks(console: "Console", ranked: "list[list[tuple[float, ScoredRow]]
     console.print(f"{total} completions of {len(ranked)} prompts")
     if not several:
         return
-    table = Table("prompt", "best score", "best completion", "worst score", "worst completion")
+    shown = min(_SHOWN, len(several))
+    title = f"{shown} of {len(several)} prompts with several completions"
+    table = Table(
+        "prompt", "best score", "best completion", "worst score", "worst completion", title=title
+    )
     for group in several[:_SHOWN]:
         (_, best), (_, worst) = group[0], group[-1]
         table.add_row(

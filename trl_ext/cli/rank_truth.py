@@ -87,7 +87,11 @@ def of_draws(
     )
     has_answers = any(row.answer is not None for g in groups for row in g)
     _print_curve(console, curve, len(groups), has_answers)
-    return [asdict(row) for row in curve]
+    unknown = () if has_answers else ("majority", "weighted_majority", "best_minus_")
+    return [
+        {key: value for key, value in asdict(row).items() if not key.startswith(unknown)}
+        for row in curve
+    ]
 
 
 def _print_curve(console: "Console", curve: Any, prompts: int, has_answers: bool) -> None:
@@ -151,7 +155,7 @@ def of_first_errors(
         f"first errors: F1 {found.f1:.1%} on {len(judged)} solutions (of the wrong ones "
         f"{found.accuracy_error:.1%} found, of the right ones {found.accuracy_correct:.1%} left "
         f"alone); a step is wrong where its {args.by} is below {threshold.threshold:.4g}, tuned on "
-        f"{where} to {threshold.f1:.1%}",
+        f"{where} to an F1 of {threshold.f1:.1%}",
         markup=False,
     )
     return {"threshold": threshold.threshold, "tuned": threshold.f1, **vars(found)}

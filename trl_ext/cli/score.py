@@ -120,6 +120,12 @@ def run(args: argparse.Namespace) -> int:
     try:
         for part in _scored(args, scorer, steps, skip=file.done):
             file.write(part)
+    except KeyboardInterrupt:
+        print(
+            f"{file.done} completions are kept in {file.partial}; the same command goes on there.",
+            file=sys.stderr,
+        )
+        raise
     finally:
         file.close()
     file.finish()

@@ -63,6 +63,7 @@ def print_tables(rows: "Sequence[ScoredRow]") -> None:
     console = Console(highlight=False)
     for row in rows:
         scores = row.scores
+        console.print(f"completion {row.sample}: score {scores.score:+.3f}")
         table = Table("step", "reward", "score", "text")
         for column in table.columns[:3]:
             column.justify = "right"

@@ -25,7 +25,7 @@ def each_row(
             )
         if len(values) != len(prompts):
             raise ConfigError(
-                f"There are {len(prompts)} prompts, and {name} has {len(values)} values; give one "
+                f"prompts has {len(prompts)} values, and {name} has {len(values)} values; give one "
                 "for each prompt, the same prompt again where it has several completions."
             )
     return [

@@ -70,7 +70,7 @@ def _read(folder: Path, values: dict[str, Any]) -> SavedRun:
     if trainer == "rwr" and values.get("reference", "moving") == "moving" and beta is not None:
         notes.append(
             "trained with reference=moving, so that each rollout tilted the policy by exp(r/beta) "
-            "once more: ranks are those of the reward, its units are not. Give beta= for others."
+            "once more: ranks are those of the reward, its units are not."
         )
     if values.get("kl_controller", "constant") != "constant":
         notes.append(

@@ -206,7 +206,7 @@ class GibbsScorer:
             step_ends=found.token_ends,
             prefix_scores=[self.beta * along[end - 1].item() for end in found.token_ends],
             beta=self.beta,
-            notes=[*self.notes, *found.notes],
+            notes=found.notes,
             merged_into=found.merged_into,
             tokens=encoded.tokens,
             token_log_ratios=ratios.tolist(),

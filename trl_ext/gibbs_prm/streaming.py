@@ -1,6 +1,7 @@
 """Score a stream of rows in windows: a window is in memory and sorted by length, the stream not."""
 
 import re
+import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -11,6 +12,7 @@ from trl_ext.gibbs_prm.scored_row import ScoredRow, apart
 from trl_ext.gibbs_prm.scorer import GibbsScorer
 
 GIVEN = "given"
+_FIRST_WINDOW = 16  # completions: what a kill may cost before the speed is known
 _Place = tuple[int, int, Row]
 
 
@@ -21,6 +23,7 @@ def score_rows(
     *,
     skip: int = 0,
     window: int = 512,
+    seconds: float = 10.0,
     append_eos: bool = False,
 ) -> Iterator[list[ScoredRow]]:
     """Score every completion of every row, in their order.
@@ -31,7 +34,8 @@ def score_rows(
         steps: as `GibbsScorer.score` takes for all completions; "given": those of the rows; None:
             those of the rows where they have some, else "newline".
         skip: completions at the beginning that are scored already.
-        window: completions that are sorted by length together.
+        window: completions that are sorted by length together, at most.
+        seconds: about how long a window may take; the first is small, and the others follow.
         append_eos: as in `GibbsScorer.score`.
 
     Yields:
@@ -42,7 +46,9 @@ def score_rows(
         ConfigError, RunError: as `GibbsScorer.score`.
     """
     places = islice(_places(rows), skip, None)
-    while part := list(islice(places, window)):
+    size = min(window, _FIRST_WINDOW)
+    while part := list(islice(places, size)):
+        begin = time.perf_counter()
         cuts = [_steps_of(*place, steps) for place in part]
         completions = [row.completions[sample] for _, sample, row in part]
         prompts = [row.prompt for _, _, row in part]
@@ -52,6 +58,8 @@ def score_rows(
             raise _located(scorer, part, cuts, append_eos, error) from error
         except RunError as error:
             raise _of_input(part, error) from error
+        taken = max(time.perf_counter() - begin, 1e-6)
+        size = max(1, min(window, 2 * size, round(size * seconds / taken)))
         yield [
             ScoredRow(
                 number,

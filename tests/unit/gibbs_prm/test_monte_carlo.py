@@ -272,7 +272,7 @@ def test_nothing_to_score():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"completions": ["b", "c"]}, "1 prompts, and completions has 2 values"),
+        ({"completions": ["b", "c"]}, "prompts has 1 values, and completions has 2 values"),
         ({"completion_ids": [[2], [3]]}, "completion_ids has 2 values"),
         ({"label": ["x", "y"]}, "label has 2 values"),
         ({"label": "x"}, "label is a str"),

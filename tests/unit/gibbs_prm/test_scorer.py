@@ -238,15 +238,15 @@ def test_rows_that_cannot_be_scored(home):
         scorer.score(["hi"], [[{"role": "assistant", "content": "a"}]])
     with pytest.raises(DataError, match="row 1: the prompt '' has no token"):
         scorer.score(["hi", ""], ["a", "b"])
-    with pytest.raises(ConfigError, match="There are 2 prompts, and completions has 1 values"):
+    with pytest.raises(ConfigError, match="prompts has 2 values, and completions has 1"):
         scorer.score(["hi", "ho"], ["a"])
     with pytest.raises(ConfigError, match="completions is a str; it must be a list"):
         scorer.score(["hi"], "a")
     with pytest.raises(ConfigError, match="steps is 'line', which is no way to cut"):
         scorer.score(["hi"], ["a"], "line")
-    with pytest.raises(ConfigError, match="There are 2 prompts, and steps has 1 values"):
+    with pytest.raises(ConfigError, match="prompts has 2 values, and steps has 1"):
         scorer.score(["hi", "hi"], ["a", "b"], [["a"]])
-    with pytest.raises(ConfigError, match="There are 2 prompts, and completion_ids has 1 val"):
+    with pytest.raises(ConfigError, match="prompts has 2 values, and completion_ids has 1"):
         scorer.score(["hi", "hi"], ["a", "b"], completion_ids=[[1]])
 
 

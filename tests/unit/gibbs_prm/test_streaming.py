@@ -65,6 +65,22 @@ def test_a_window_at_a_time_is_read(scorer):
     assert read == [0, 1]
 
 
+def test_a_window_takes_about_as_long_as_asked(scorer, monkeypatch):
+    """16 rows in 1.6 s are 0.1 s each: for 5 s 50 rows, but at most twice as many as before."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def slow(prompts, *_, **__):
+        now[0] += 0.1 * len(prompts)
+        return [None] * len(prompts)
+
+    monkeypatch.setattr(scorer, "score", slow)
+    rows = [Row("p", ["a"])] * 200
+    sizes = [len(part) for part in score_rows(scorer, rows, seconds=5.0)]
+    assert sizes == [16, 32, 50, 50, 50, 2]
+    assert [len(part) for part in score_rows(scorer, rows[:9], window=4)] == [4, 4, 1]
+
+
 def test_a_rule_goes_before_the_steps_of_a_row(scorer):
     [[_, _, row, *_]] = score_rows(scorer, ROWS, "whole")
     assert row.scores.steps == ["d\n\ne"]
