@@ -1,5 +1,6 @@
 """The scorer against exact prefix values, by enumeration and by closed forms."""
 
+import copy
 import math
 
 import pytest
@@ -106,7 +107,8 @@ def test_without_tilt_the_score_is_the_expected_reward(reference):
 
 
 def test_the_reference_scores_itself_zero(reference):
-    scorer = GibbsScorer(reference, reference, TOKENIZER, 2.0)
+    twin = copy.deepcopy(reference)  # one model in both places is refused
+    scorer = GibbsScorer(twin, reference, TOKENIZER, 2.0)
     assert {score for scores in scores_of_all(scorer, "a") for score in scores} == {0.0}
 
 

@@ -272,9 +272,9 @@ def test_vocabularies(make, student, tmp_path):
     with pytest.raises(ConfigError) as error:
         make(experts=product)
     assert str(error.value) == (
-        "The student cannot learn from this product. The experts 'the student' and 'other' have "
-        "different vocabularies: token 2 is 'b' for 'the student' and 'c' for 'other'. A product "
-        "multiplies the probabilities of one token; take experts of one tokenizer."
+        "The student cannot learn from this product. 'the student' and 'other' have different "
+        "vocabularies: token 2 is 'b' for 'the student' and 'c' for 'other'. Their probabilities "
+        "of one token are put together; take models of one tokenizer."
     )
     # A model in memory, with a tokenizer of its own.
     with pytest.raises(ConfigError, match="token 2 is 'b'"):
