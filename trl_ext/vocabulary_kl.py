@@ -316,8 +316,20 @@ def _check_unwrapped(model: Any) -> None:
     )
 
 
+def is_readable(model: PreTrainedModel) -> bool:
+    """Whether the weight of the LM head is all there is to it, as `Head.of` needs it."""
+    return _why_unreadable(model.get_output_embeddings()) is None
+
+
 def _check_readable(layer: Any) -> None:
-    """Whether `layer.weight` is all there is to the LM head."""
+    found = _why_unreadable(layer)
+    if found is not None:
+        problem, step = found
+        raise ConfigError(f"the LM head is read as a matrix here, and it {problem}. {step}")
+
+
+def _why_unreadable(layer: Any) -> tuple[str, str] | None:
+    """What `layer.weight` does not hold of the LM head, and what to do about it."""
     if isinstance(layer, BaseTunerLayer) and not (layer.merged or layer.disable_adapters):
         problem = "has an adapter, which its weight does not contain"
         step = "Leave lm_head out of target_modules, or train it whole: modules_to_save: [lm_head]."
@@ -328,8 +340,8 @@ def _check_readable(layer: Any) -> None:
         problem = "is partitioned by DeepSpeed ZeRO-3"
         step = "Use ZeRO-2 or FSDP2."
     else:
-        return
-    raise ConfigError(f"the LM head is read as a matrix here, and it {problem}. {step}")
+        return None
+    return problem, step
 
 
 def _check_shapes(

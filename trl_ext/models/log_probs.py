@@ -15,13 +15,12 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl_ext.errors import ConfigError
 from trl_ext.functional.masking import at_least_float32
 from trl_ext.models.adapter import Causal, device_of, inner_model, reading
-from trl_ext.vocabulary_kl import Head, logits_of
+from trl_ext.vocabulary_kl import Head, is_readable, logits_of
 
 TokenIds = Sequence[Sequence[int]]
 
-# Tokens whose logits exist at one time. On a CPU the next layers of cache count: 64 of SmolLM2's
-# 49152 logits in bfloat16 take 0.55 of the time of TRL's kernel, which is what accelerators get,
-# and what has a gradient.
+# Tokens whose logits exist at one time: few on a CPU, where they stay in its cache. Accelerators,
+# and whoever needs a gradient, get TRL's kernel.
 TOKENS_AT_ONCE = 64
 KERNEL_TOKENS_AT_ONCE, KERNEL_LOGITS_AT_ONCE = 1024, 8192
 
@@ -92,7 +91,7 @@ def batch_log_probs(
 
 def _of_hidden(model: Any, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """(N, H), (N,) -> (N,)"""
-    if hidden.is_cuda or torch.is_grad_enabled():
+    if torch.is_grad_enabled() or (hidden.is_cuda and is_readable(model)):
         head = Head.of(model)
         parts = zip(
             hidden.split(KERNEL_TOKENS_AT_ONCE), targets.split(KERNEL_TOKENS_AT_ONCE), strict=True

@@ -207,3 +207,13 @@ def test_scores_of_two_betas_do_not_compare(here, trl_ext):
     write("two.jsonl", [scored(0, 0, [1.0]), ScoredRow(0, 1, scores)])
     code, _, err = trl_ext("rank", "two.jsonl")
     assert code == 2 and "with beta 1 and 2: their scores do not compare" in err
+
+
+def test_without_answers_nobody_votes(here, trl_ext):
+    write("p.jsonl", [scored(0, k, [float(k)], label=k == 1) for k in range(2)])
+    code, out, err = trl_ext("rank", "p.jsonl", "--json", "n.json")
+    assert code == 0, err
+    assert "majority" not in out
+    row = json.loads(Path("n.json").read_text())["best_of_n"][-1]
+    assert set(row) == {"n", "tokens", "best", "random", "pass_at_n"}
+    assert row["best"]["mean"] == 1.0

@@ -88,7 +88,9 @@ def test_a_killed_scoring_goes_on(here, trl_ext, run_folder, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(streaming, "score_rows", first_only)
-    assert trl_ext("score", run_folder, "in.jsonl", "--output", "out.jsonl")[0] == 130
+    code, _, err = trl_ext("score", run_folder, "in.jsonl", "--output", "out.jsonl")
+    assert code == 130
+    assert "2 completions are kept in out.jsonl.partial; the same command goes on" in err
     assert not Path("out.jsonl").exists()
     monkeypatch.setattr(streaming, "score_rows", whole)
     code, out, err = trl_ext(

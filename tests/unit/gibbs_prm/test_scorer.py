@@ -145,6 +145,13 @@ def test_a_run_tells_beta_temperature_and_reference(home, tmp_path):
     )
     scorer = GibbsScorer(run)
     assert (scorer.beta, scorer.temperature, scorer.notes) == (0.25, 2.0, [])
+    leave_recipe(run, trainer="rwr", beta=0.25, model_name_or_path=str(home / "base"))
+    moving = GibbsScorer(run)
+    assert "reference=moving" in moving.notes[0]
+    assert moving.score(["hi"], ["ho"])[0].notes == [], "said once, not of each completion"
+    leave_recipe(
+        run, trainer="grpo", beta=0.25, temperature=2.0, model_name_or_path=str(home / "base")
+    )
     base = AutoModelForCausalLM.from_pretrained(home / "base")
     ids = torch.tensor([scorer.tokenizer("hihello")["input_ids"]])
     with torch.no_grad():
@@ -376,3 +383,15 @@ def test_scores_beyond_the_largest_number(home):
     scorer = GibbsScorer(home / "x", beta=1e308, temperature=0.01)
     with pytest.raises(RunError, match=r"beta is 1e\+308, with which the scores are beyond"):
         scorer.score(["abc"], ["bcd" * 9])
+
+
+def test_a_reference_of_a_shorter_context_fails_before_the_policy_runs(home):
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(home / name) for name in ("full", "base")
+    )
+    reference.config.max_position_embeddings = 4
+    passes = []
+    policy.base_model.register_forward_hook(lambda *_: passes.append(1))
+    with pytest.raises(ConfigError, match=r"Row 0 has 2 \+ 5 tokens .* reads at most 4"):
+        GibbsScorer(policy, reference, beta=1.0).score(["hi"], ["hello"])
+    assert not passes

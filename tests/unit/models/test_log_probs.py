@@ -17,6 +17,7 @@ from transformers import (
 from trl_ext.errors import ConfigError
 from trl_ext.models.adapter import Adapter, reading
 from trl_ext.models.log_probs import batch_log_probs, batches_of, token_log_probs
+from trl_ext.vocabulary_kl import is_readable
 
 SMALL: dict[str, Any] = {
     "vocab_size": 50,
@@ -127,6 +128,10 @@ def test_an_adapter_on_the_head_is_part_of_it():
     lora = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
     model = get_peft_model(llama(), lora).eval()
     assert_same(token_log_probs(model, PROMPTS, COMPLETIONS), one_by_one(model))
+    # An accelerator asks this before it takes the kernel.
+    assert not is_readable(model.get_base_model())
+    with model.disable_adapter():
+        assert is_readable(model.get_base_model())
 
 
 def test_no_logits_but_those_of_the_completions():
