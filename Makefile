@@ -6,6 +6,7 @@
 # constraints.txt, so that a second make installs nothing. PYTHON=python3.12 picks the interpreter.
 
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 # --compile: without bytecode, every start takes twice as long.
@@ -24,7 +25,8 @@ export TOKENIZERS_PARALLELISM ?= false
 
 help:
 	@echo "make quickstart   install, train the bundled model, print accuracy before and after"
-	@echo "make test         install what tests need, run all of them (ARGS='-m \"not slow\"' for less)"
+	@echo "make test         install what tests need, run all of them (ARGS='-m \"not slow\"' for less,"
+	@echo "                  JOBS=4 for more at a time)"
 	@echo "make lint         ruff and pyright"
 	@echo "make check        lint and test"
 	@echo "make equations    equation -> function -> test; fails where one is missing"
@@ -35,8 +37,9 @@ help:
 quickstart: $(VENV)/.installed
 	$(BIN)/trl_ext train recipes/rwr/quickstart.yaml --overwrite
 
+# A worker a core and a thread a worker: the models of the tests are too small for two.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

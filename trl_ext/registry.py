@@ -111,6 +111,7 @@ TRAINERS = Registry(
     "trainer",
     "trl_ext.trainers",
     {
+        "dpo": "trl.trainer.dpo_trainer:DPOTrainer",
         "grpo": "trl_ext.grpo.trainer:GRPOTrainer",
         "poe_distillation": "trl_ext.poe.distillation:PoEDistillationTrainer",
         "ppo": "trl_ext.ppo.trainer:PPOTrainer",

@@ -12,9 +12,18 @@ from trl_ext.recipe.shipped import recipe_names
 pytestmark = pytest.mark.slow
 
 
+# What a recipe of logged data trains on: its file is made by another command.
+LOGGED = {
+    "dpo": {"prompt": "1+1=", "chosen": "2", "rejected": "3"},
+    "offline_rwr": {"prompt": "1+1=", "completions": ["2", "3"], "rewards": [1.0, 0.0]},
+    "reward": {"prompt": "1+1=", "completions": ["2", "3", "11"], "scores": [1.0, 0.0, 0.0]},
+}
+
+
 def tiny(name, byte_llama, tmp_path) -> list[str]:
     """What makes a recipe one of a tiny model and two steps."""
-    values = read_recipe(name).values
+    recipe = read_recipe(name)
+    values, trainer = recipe.values, recipe.trainer
     settings = [
         f"output_dir={tmp_path / 'out'}",
         f"model_name_or_path={byte_llama}",
@@ -22,11 +31,16 @@ def tiny(name, byte_llama, tmp_path) -> list[str]:
         "per_device_train_batch_size=2",
         "per_device_eval_batch_size=4",
         "gradient_accumulation_steps=1",
-        "max_completion_length=4",
     ]
+    if trainer in LOGGED:
+        file = tmp_path / "logged.jsonl"
+        file.write_text(f"{json.dumps(LOGGED[trainer])}\n" * 8)
+        settings.append(f"dataset_name={file}")
+    elif trainer != "sft":
+        settings.append("max_completion_length=4")
     if "dataset_kwargs" in values:
         settings += ["dataset_kwargs.size=16", "dataset_kwargs.eval_size=4"]
-    if "reward_funcs" in values:
+    if "reward_funcs" in values and trainer not in LOGGED:
         settings += ["num_generations=2", "num_generations_eval=1"]
         rewards = [
             entry | {"tokenizer": byte_llama} if "tokenizer" in entry else entry
@@ -42,7 +56,8 @@ def tiny(name, byte_llama, tmp_path) -> list[str]:
 def test_two_steps(name, byte_llama, tmp_path, capsys):
     recipe = read_recipe(name, tiny(name, byte_llama, tmp_path))
     train(recipe)
-    assert ("Held-out prompts" in capsys.readouterr().out) == ("reward_funcs" in recipe.values)
+    samples = "reward_funcs" in recipe.values and recipe.trainer not in LOGGED
+    assert ("Held-out prompts" in capsys.readouterr().out) == samples
     weights = ("adapter_model.safetensors", "model.safetensors")
     assert any((tmp_path / "out" / file).is_file() for file in weights)
 
