@@ -139,7 +139,7 @@ SECOND = MonteCarloScores(
     [0.5, 0.25, 0.0],
 )
 THIRD = one_token_steps([-float("inf")], ["</script><script>window.hacked = 1</script>"])
-# Places on the page, in its order: 1.1 1.2 1.3 1.4 2.1 2.2 2.3 3.1.
+# Places on the page, in its order: 0.0 0.1 0.2 0.3 1.0 1.1 1.2 2.0.
 ASCENDING = ["−∞", "−10", "−1.5", "2", "2", "9", "NaN", "NaN"]
 DESCENDING = ["9", "2", "2", "−1.5", "−10", "−∞", "NaN", "NaN"]
 
@@ -170,7 +170,7 @@ def test_the_worst_steps_come_first(page):
     assert page.sorted_by() == [["reward", "ascending"]]
     assert page.column(2) == ASCENDING
     # Equals stay in the page's order: both 2s are of the first completion, both NaNs of the second.
-    steps = ["1 worst", "2 worst, first error", "3", "1", "4", "1 worst", "2", "3"]
+    steps = ["0 worst", "1 worst, first error", "2", "0", "3", "0 worst", "1", "2"]
     assert page.column(1) == steps
     assert page.run("return document.getElementById('found').value") == "8 of 8 steps"
     assert page.run("return document.getElementById('more').hidden") is True
@@ -179,7 +179,7 @@ def test_the_worst_steps_come_first(page):
 def test_a_click_on_a_heading_sorts(page):
     page.click("th[data-key=reward] button")
     assert page.column(2) == DESCENDING and page.hash() == "#sort=reward,descending"
-    assert [text.split()[0] for text in page.column(1)] == ["1", "1", "4", "3", "2", "1", "2", "3"]
+    assert [text.split()[0] for text in page.column(1)] == ["0", "0", "3", "2", "1", "0", "1", "2"]
     page.click("th[data-key=prefix] button")
     assert page.column(3) == ["−∞", "−9.5", "−8", "−7.5", "2", "9", "10", "NaN"]
     assert page.sorted_by() == [["prefix", "ascending"]] and page.hash() == "#sort=prefix,ascending"
@@ -190,8 +190,8 @@ def test_a_click_on_a_heading_sorts(page):
 @pytest.mark.parametrize(
     ("sort", "column", "shown"),
     [
-        ("completion,descending", 0, ["3 x-2", *["2 x-10"] * 3, *["1 x-1"] * 4]),
-        ("step,ascending", 1, ["1", "1", "1", "2", "2", "3", "3", "4"]),
+        ("completion,descending", 0, ["2 x-2", *["1 x-10"] * 3, *["0 x-1"] * 4]),
+        ("step,ascending", 1, ["0", "0", "0", "1", "1", "2", "2", "3"]),
         # Without an error, or a label: last in both directions.
         ("error,ascending", 4, ["± 0", "± 0.25", "± 0.5", *[""] * 5]),
         ("error,descending", 4, ["± 0.5", "± 0.25", "± 0", *[""] * 5]),
@@ -217,7 +217,7 @@ def test_any_address_will_do(page, address):
     for odd in ("sort=", "sort=nothing,ascending", "sort=reward,sideways", "filter=%E0%A4%A&sort"):
         page.open(f"{address}#{odd}")
         assert page.sorted_by() == [["reward", "ascending"]]
-    page.open(f"{address}#c2s1")
+    page.open(f"{address}#c1s0")
     assert page.column(2) == ASCENDING
 
 
@@ -257,7 +257,7 @@ def test_a_filtered_view_has_an_address(page, words, count):
 def test_a_step_leads_to_its_place_and_back(page):
     page.click("th[data-key=prefix] button")
     page.click("#steps tbody tr:nth-child(2) td:nth-child(2) a")
-    assert page.hash() == "#c1s3"
+    assert page.hash() == "#c0s2"
     assert page.run("return document.querySelector(':target').textContent") == "שלום"
     top = "const {top, bottom} = document.querySelector(':target').getBoundingClientRect();"
     assert page.run(top + "return top >= 0 && bottom <= innerHeight")
@@ -268,13 +268,13 @@ def test_a_step_leads_to_its_place_and_back(page):
 
 def test_text_stays_text(page):
     assert page.run("return window.hacked ?? null") is None
-    text = page.run("return document.getElementById('c3s1').textContent")
+    text = page.run("return document.getElementById('c2s0').textContent")
     assert text == THIRD.tokens[0]
-    assert page.run("return document.getElementById('c1s4').textContent") == "⟨U+D83D⟩⟨U+0000⟩"
+    assert page.run("return document.getElementById('c0s3').textContent") == "⟨U+D83D⟩⟨U+0000⟩"
 
 
 def test_a_token_says_its_numbers(page):
-    token = "document.querySelector('#c1s2 i')"
+    token = "document.querySelector('#c0s1 i')"
     assert page.run(f"return {token}.title") == "0.5 / 1"
     place = page.run(
         f"{token}.scrollIntoView(); const r = {token}.getBoundingClientRect();"
@@ -318,10 +318,10 @@ def test_without_javascript_all_can_be_read(browser, address):
         browser.command("Emulation.setScriptExecutionDisabled", value=False)
     assert is_hidden and "With JavaScript there is also one table" in shown
     for text in (
-        "Completion 3",
-        "first error step 2",
+        "Completion 2",
+        "first error step 1",
         "<b>Two apples",
-        "2 worst, first error",
+        "1 worst, first error",
         "± 0.5",
     ):
         assert text in shown, text

@@ -17,7 +17,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_ext.cli.rank_truth import of_another, of_draws, of_first_errors, of_labels, rows_in
+from trl_ext.cli.rank_truth import (
+    of_another,
+    of_draws,
+    of_first_errors,
+    of_labels,
+    rows_in,
+    warn_of_few,
+)
 from trl_ext.errors import DataError
 
 if TYPE_CHECKING:
@@ -52,16 +59,17 @@ def run(args: argparse.Namespace) -> int:
     """Read, rank, judge."""
     from trl_ext.cli.generate_output import check_file
     from trl_ext.cli.json_file import check_json_file, write_json_file
-    from trl_ext.cli.score_output import check_apart
+    from trl_ext.cli.score_output import check_all, check_apart
 
     for read in ("file", "against", "validation"):
         written = {"--output": args.output, "--json": args.json}
         check_apart(
             {read.upper() if read == "file" else f"--{read}": getattr(args, read), **written}
         )
-    check_file(args.output, "--output", args.force, ".jsonl")
-    if args.json is not None:
-        check_json_file(args.json)
+    check_all(
+        lambda: check_file(args.output, "--output", args.force, ".jsonl"),
+        lambda: args.json and check_json_file(args.json),
+    )
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -77,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         "first_error": of_first_errors(console, args, rows),
         "agreement": of_another(console, args, rows),
     }
+    warn_of_few(console, found, prompts)
     if args.json is not None:
         write_json_file(
             {key: value for key, value in found.items() if value is not None}, args.json

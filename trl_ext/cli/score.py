@@ -17,15 +17,12 @@ examples:
 """
 
 import argparse
-import hashlib
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_ext.cli.numbers import count, positive
-from trl_ext.errors import ConfigError, DataError
+from trl_ext.errors import ConfigError
 
 if TYPE_CHECKING:
     from trl_ext.gibbs_prm.files import Row
@@ -68,8 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     steps.add_argument(
         "--steps",
         metavar="HOW",
-        help="newline, sentence, paragraph, token, turn, whole, regex:PATTERN, or given: the "
-        "file's own (default: given where there are some, else newline)",
+        help="newline, sentence, paragraph, token, turn, whole, regex:PATTERN (a step "
+        "ends behind each match), or given: the file's own (default: given where there are some, "
+        "else newline)",
     )
     steps.add_argument(
         "--append-eos", action="store_true", help="score the end of each text as well"
@@ -90,14 +88,12 @@ def run(args: argparse.Namespace) -> int:
     """Check everything that needs no model; score; write."""
     steps = _steps(args.steps)
     _check_files(args)
+    _check_rows(args, steps)
     from trl_ext.cli.generate_experts import check_device, quiet_loading
 
     quiet_loading()
-    from trl_ext.gibbs_prm.scored_file import ScoredFile, check_output
     from trl_ext.gibbs_prm.scorer import GibbsScorer
 
-    if args.output:
-        check_output(Path(args.output), args.force)
     check_device(args.device)
     scorer = GibbsScorer(
         args.policy,
@@ -110,26 +106,7 @@ def run(args: argparse.Namespace) -> int:
         max_tokens=args.max_tokens,
     )
     _introduce(scorer)
-    if args.output is None:
-        scored = [row for part in _scored(args, scorer, steps) for row in part]
-        _end(args, scored, scorer)
-        return 0
-    file = ScoredFile(Path(args.output), _about(args, scorer, steps), force=args.force)
-    if file.done:
-        print(f"going on behind the {file.done} completions that are scored already")
-    try:
-        for part in _scored(args, scorer, steps, skip=file.done):
-            file.write(part)
-    except KeyboardInterrupt:
-        print(
-            f"{file.done} completions are kept in {file.partial}; the same command goes on there.",
-            file=sys.stderr,
-        )
-        raise
-    finally:
-        file.close()
-    file.finish()
-    _end(args, None, scorer)
+    _end(args, _scored(args, scorer, steps), scorer)
     return 0
 
 
@@ -155,82 +132,70 @@ def _check_files(args: argparse.Namespace) -> None:
             + ("; not both." if is_text else ".")
         )
     from trl_ext.cli.generate_output import check_file
-    from trl_ext.cli.score_output import check_apart
+    from trl_ext.cli.score_output import check_all, check_apart
+    from trl_ext.gibbs_prm.scored_file import check_output
 
-    partial = None if args.output is None else f"{args.output}.partial"
+    output = None if args.output is None else Path(args.output)
+    partial = None if output is None else f"{output}.partial"
     check_apart(
         {
             "FILE": args.file,
-            "--output": args.output,
+            "--output": output,
             "--html": args.html,
             "what is under way": partial,
         }
     )
-    check_file(args.html, "--html", args.force)
-    if args.file is not None:
-        _rows(args)
-
-
-def _rows(args: argparse.Namespace) -> "Iterator[Row]":
-    from trl_ext.gibbs_prm.files import Row, read_rows
-
-    if args.file is None:
-        return iter([Row(args.prompt, args.completion)])
-    return read_rows(args.file, format=args.format)
-
-
-def _scored(
-    args: argparse.Namespace, scorer: "GibbsScorer", steps: Any, skip: int = 0
-) -> "Iterator[list[ScoredRow]]":
-    """The windows of scored rows, with a bar that tells how many there are so far."""
-    from tqdm import tqdm
-
-    from trl_ext.gibbs_prm.streaming import score_rows
-
-    begin, tokens, completions = time.perf_counter(), 0, 0
-    with tqdm(
-        desc="scored", unit=" completions", initial=skip, disable=not sys.stderr.isatty()
-    ) as bar:
-        for part in score_rows(scorer, _rows(args), steps, skip=skip, append_eos=args.append_eos):
-            yield part
-            completions += len(part)
-            tokens += sum(len(row.scores.tokens) for row in part)
-            bar.update(len(part))
-    if not completions and not skip:
-        raise DataError(f"{args.file} holds no completion.")
-    seconds = time.perf_counter() - begin
-    print(
-        f"scored {completions:,} completions, {tokens:,} tokens, in {seconds:.1f} s "
-        f"({tokens / seconds:,.0f} tokens/s)"
+    check_all(
+        lambda: output and check_output(output, args.force),
+        lambda: check_file(args.html, "--html", args.force),
     )
 
 
-def _about(args: argparse.Namespace, scorer: "GibbsScorer", steps: Any) -> dict[str, Any]:
-    """What makes two scorings one."""
-    return {
-        "policy": args.policy,
-        "reference": args.reference,
-        "tokenizer": args.tokenizer,
-        "beta": scorer.beta,
-        "temperature": scorer.temperature,
-        "dtype": args.dtype,
-        "steps": steps,
-        "append_eos": args.append_eos,
-        "format": args.format,
-        "input": _digest(args),
-    }
+def _check_rows(args: argparse.Namespace, steps: Any) -> None:
+    """A mistake in the first rows costs no loading of models."""
+    from trl_ext.gibbs_prm.files import read_rows
+    from trl_ext.gibbs_prm.rows_to_score import check_first
+
+    rows = _rows(args)
+    rows = rows if isinstance(rows, list) else read_rows(rows, format=args.format)
+    check_first(rows, steps, is_written=args.output is not None)
 
 
-def _digest(args: argparse.Namespace) -> str:
-    if args.file is None:
-        return hashlib.sha256(repr((args.prompt, args.completion)).encode()).hexdigest()
-    try:
-        with open(args.file, "rb") as file:
-            return f"{args.file}, sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
-    except OSError as error:
-        raise DataError(
-            f"{args.file} cannot be read: {error.strerror}. Give a file that you may read."
-        ) from error
+def _rows(args: argparse.Namespace) -> "str | list[Row]":
+    from trl_ext.gibbs_prm.files import Row
+
+    return [Row(args.prompt, args.completion)] if args.file is None else args.file
+
+
+def _scored(
+    args: argparse.Namespace, scorer: "GibbsScorer", steps: Any
+) -> "list[ScoredRow] | None":
+    """The scored rows; None where they are in --output."""
+    from trl_ext.cli.score_output import Progress
+    from trl_ext.gibbs_prm.files import read_rows
+    from trl_ext.gibbs_prm.streaming import score_rows
+    from trl_ext.gibbs_prm.to_file import score_to_file
+
+    options: dict[str, Any] = {"append_eos": args.append_eos}
+    rows, progress, scored = _rows(args), Progress(), []
+    with progress:
+        if args.output is None:
+            rows = rows if isinstance(rows, list) else read_rows(rows, format=args.format)
+            for part in score_rows(scorer, rows, steps, **options):
+                scored += part
+                progress(part, len(scored))
+            return scored
+        options |= {"format": args.format, "force": args.force, "watch": progress}
+        try:
+            score_to_file(scorer, rows, args.output, steps, **options)
+        except KeyboardInterrupt:
+            print(
+                f"{progress.done} completions are kept in {args.output}.partial; the same command "
+                "goes on there.",
+                file=sys.stderr,
+            )
+            raise
+    return None
 
 
 def _introduce(scorer: "GibbsScorer") -> None:

@@ -1,7 +1,9 @@
 """What `trl_ext score` shows: steps of a few completions, a summary of many, a page."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -30,6 +32,54 @@ class StoredRows:
         from trl_ext.gibbs_prm.scored_file import read_scored
 
         return read_scored(self.path)
+
+
+class Progress:
+    """A bar that tells how many completions are scored so far, and in the end how fast that was."""
+
+    def __init__(self) -> None:
+        self.done = self.completions = self.tokens = 0
+
+    def __enter__(self) -> "Progress":
+        from tqdm import tqdm
+
+        self.begin = time.perf_counter()
+        self.bar = tqdm(desc="scored", unit=" completions", disable=not sys.stderr.isatty())
+        return self
+
+    def __call__(self, part: "list[ScoredRow]", done: int) -> None:
+        """Take in a window of scored rows; there are `done` of them now."""
+        if done and not part:
+            print(f"going on behind the {done} completions that are scored already")
+        self.completions += len(part)
+        self.tokens += sum(len(row.scores.tokens) for row in part)
+        self.bar.update(done - self.done)
+        self.done = done
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.bar.close()
+        if kind is None:
+            seconds = time.perf_counter() - self.begin
+            print(
+                f"scored {self.completions:,} completions, {self.tokens:,} tokens, in "
+                f"{seconds:.1f} s ({self.tokens / seconds:,.0f} tokens/s)"
+            )
+
+
+def check_all(*checks: Callable[[], object]) -> None:
+    """Run checks that each find one thing, and tell of all that is found at once.
+
+    Raises:
+        ConfigError: if one of them does.
+    """
+    found: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            found.append(str(error))
+    if found:
+        raise ConfigError("\n".join(found))
 
 
 def check_apart(names: "Mapping[str, str | Path | None]") -> None:

@@ -50,6 +50,17 @@ def given_ends(encoded: Encoded, steps: Sequence[Any]) -> list[int]:
     return ends
 
 
+def check_in_text(text: str, steps: Sequence[Any]) -> None:
+    """Whether the steps of one completion follow one another in its text, which may go on.
+
+    Raises:
+        DataError: if not.
+    """
+    if steps:
+        locate = _located if isinstance(steps[0], str) else _checked
+        locate(text, steps, len(text))
+
+
 def _located(said: str, steps: Sequence[str], total: int) -> tuple[list[int], int]:
     """Where each step ends, the last one with the text, and up to where they cover it."""
     starts: list[int] = []

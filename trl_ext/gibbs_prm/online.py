@@ -1,26 +1,19 @@
 """A process reward that learns from the outcomes of each rollout."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from accelerate.utils import broadcast
-from peft import (
-    PeftModel,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
-from safetensors import SafetensorError
+from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
-from transformers import AutoModelForCausalLM
 from trl.trainer.utils import disable_dropout_in_model
 
 from trl_ext.errors import ConfigError, RewardError, RunError
-from trl_ext.gibbs_prm.process_models import LEARNS, is_sharded, open_learner, open_reference
+from trl_ext.gibbs_prm.online_files import read_learner, write_learner
+from trl_ext.gibbs_prm.process_models import is_sharded, open_learner, open_reference
 from trl_ext.models.adapter import Causal, inner_model, reading, wrapped_model
 from trl_ext.models.log_probs import TokenIds, batch_log_probs, check_rows
 from trl_ext.models.twin import place_below, place_of
@@ -125,27 +118,13 @@ class OnlineScorer:
         return scores
 
     def save(self, folder: Path) -> None:
-        """Write π_φ as `GibbsScorer` opens it, with what it needs to know: β and the reference.
-
-        Under another name first: whatever was there is replaced as a whole, or stays.
-        """
-        new = folder.with_name(folder.name + ".new")
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        model = wrapped_model(self.policy)
-        if isinstance(model, PeftModel):
-            model.save_pretrained(str(new), selected_adapters=[LEARNS])
-        else:
-            model.save_pretrained(new)
-        self.tokenizer.save_pretrained(new)
+        """Write π_φ as `GibbsScorer` opens it, with what it needs to know: β and the reference."""
         about = {
             "model_name_or_path": self.trainer.args.process_reference or self._began_as,
             "beta": self.beta,
             "temperature": self.trainer.temperature,
         }
-        (new / "recipe.yaml").write_text(yaml.safe_dump(about, sort_keys=False))
-        shutil.rmtree(folder, ignore_errors=True)
-        new.rename(folder)
+        write_learner(folder, wrapped_model(self.policy), self.tokenizer, about)
 
     def restore(self, folder: Path) -> None:
         """Take over the weights that `save` wrote.
@@ -153,26 +132,7 @@ class OnlineScorer:
         Raises:
             RunError: if they are missing, damaged, or of another model.
         """
-        if not folder.is_dir():
-            raise RunError(
-                f"There is no process reward in {folder}: the run that wrote the checkpoint had no "
-                "process_learning_rate. Begin anew, or remove process_learning_rate."
-            )
-        model = wrapped_model(self.policy)
-        try:
-            if isinstance(model, PeftModel):
-                weights = load_peft_weights(str(folder), device="cpu")
-                missing = set_peft_model_state_dict(model, weights, adapter_name=LEARNS)
-                if any(f".{LEARNS}." in name for name in missing.missing_keys):
-                    raise ValueError("weights of the adapter are missing.")
-            else:
-                saved = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
-                model.load_state_dict(saved.state_dict())
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise RunError(
-                f"The process reward in {folder} cannot be read: "
-                f"{str(error).strip().splitlines()[0]} Is a file missing or damaged?"
-            ) from error
+        read_learner(folder, wrapped_model(self.policy))
 
     def _micro_batches(self, completion_ids: TokenIds) -> Iterator[list[int]]:
         """Numbers of the rows that have a token, `per_device_train_batch_size` at a time."""

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from trl_ext.errors import DataError
+from trl_ext.gibbs_prm.encoding import short
 from trl_ext.gibbs_prm.page_drawing import ColourScale, formatted, sparkline
+from trl_ext.gibbs_prm.row_values import as_texts
 from trl_ext.gibbs_prm.scored import GibbsScores, MonteCarloScores, PrefixScores
 
 _SHORT_PROMPT = 300  # characters of a prompt that is shown without being asked for
@@ -35,7 +37,7 @@ class Scales(NamedTuple):
         tokens, steps = array("d"), array("d")
         has_errors, count = False, 0
         for count, one in enumerate(scores, start=1):
-            _check(one, count)
+            _check(one, count - 1)
             tokens.extend(_token_scores(one))
             steps.extend(one.step_rewards)
             has_errors = has_errors or one.standard_errors is not None
@@ -58,7 +60,7 @@ class Token(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A step as the page shows it; `number` counts from 1."""
+    """A step as the page shows it; `number` counts from 0."""
 
     number: int
     text: str
@@ -73,7 +75,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Card:
-    """A completion as the page shows it; `worst` and `first_error` count steps from 1."""
+    """A completion as the page shows it; all numbers count from 0."""
 
     number: int
     name: str
@@ -101,7 +103,7 @@ def cards(
     """The cards of a page, each made when it is asked for."""
     for place, one in enumerate(scores):
         known_here = {name: values[place] for name, values in known.items() if values is not None}
-        yield _card(place + 1, one, scales, **known_here)
+        yield _card(place, one, scales, **known_here)
 
 
 def _card(
@@ -128,8 +130,8 @@ def _card(
         score=one.score,
         facts=facts,
         label=label,
-        worst=None if worst is None else worst + 1,
-        first_error=None if error in (None, -1) else error + 1,
+        worst=worst,
+        first_error=None if error == -1 else error,
         has_errors=one.standard_errors is not None,
         is_coloured_by_step=not _token_scores(one),
         has_numbers=one.step_ends != list(range(1, len(one.steps) + 1)) or len(one.steps) == 1,
@@ -147,7 +149,7 @@ def _steps(one: PrefixScores, scales: Scales, marked: Mapping[str, int | None]) 
     for place, (begin, end) in enumerate(pairwise([0, *one.step_ends])):
         own = zip(tokens[begin:end], ratios[begin:end], scores[begin:end], strict=True)
         yield Step(
-            number=place + 1,
+            number=place,
             text=one.steps[place],
             tokens=[Token(text, scales.tokens.colour(s), ratio, s) for text, ratio, s in own],
             colour=scales.steps.colour(rewards[place]),
@@ -187,6 +189,10 @@ def _label(label: bool | float | None) -> str:
         return ""
     if isinstance(label, bool):
         return "correct" if label else "incorrect"
+    if isinstance(label, str):
+        raise DataError(
+            f"A label is {short(label)}; it must be true, false, a number or None.{as_texts(label)}"
+        )
     return f"reward {formatted(label)}"
 
 

@@ -19,6 +19,7 @@ from trl_ext.models.loading import (
     load_causal,
     open_tokenizer,
     tokenizer_at,
+    tokenizer_beside,
 )
 from trl_ext.models.vocabulary import check_vocabularies
 
@@ -119,13 +120,6 @@ def _opened(paths: dict[str, str], dtype: str, device: Any, run: SavedRun | None
             f"{error} It is what {run.folder / RECIPE} began with, as seen from where it ran. Give "
             "reference= (--reference) where it is now."
         ) from error
-    except Exception as error:  # cut or foreign weights and adapters fail in any way
-        names = " or ".join(f"{name} ({path})" for name, path in paths.items())
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:!")
-        raise ConfigError(
-            f"{names} cannot be opened: {reason}. Look at the files there (are they whole, and the "
-            "adapter that of its base?), or copy them once more."
-        ) from error
 
 
 def _plain_path(given: Any) -> Any:
@@ -212,8 +206,7 @@ def _tokenizer_of(given: Any, model: Causal) -> Any:
         if found is not None:
             return found
         _check_no_tokenizer(resolve_model(given))
-    path = getattr(inner_model(model).config, "_name_or_path", "")
-    return tokenizer_at(path) if path and os.path.isdir(path) else None
+    return tokenizer_beside(model)
 
 
 def _check_no_tokenizer(path: str) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, count
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, TextIO
 
 from trl_ext.errors import DataError
 from trl_ext.gibbs_prm.encoding import short
-from trl_ext.gibbs_prm.row_values import LABELS, STEPS
+from trl_ext.gibbs_prm.row_values import FLAGS, STEPS
 
 _BATCH_ROWS = 64  # of a parquet file, in memory at a time
 _CHUNK = 2**16  # characters of a .json file, read at a time
@@ -17,7 +18,8 @@ _CHUNK = 2**16  # characters of a .json file, read at a time
 
 _CSV_FIELD = 2**31 - 1  # characters; Python's own limit, 131072, is less than a long completion
 # What a cell of a .csv file holds as JSON; every other cell is a text.
-_JSON_CELLS = {"completions", "final_answer_correct", "answers", *STEPS, *LABELS}
+_JSON_CELLS = {"completions", "answers", *STEPS, *FLAGS}
+_WORD = re.compile(r"(?!NaN|Infinity|null)[^\W\d][\w -]*")  # what JSON has not unquoted
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -144,7 +146,11 @@ def _cell(key: str, text: str, where: str) -> Any:
         return text
     # Python and its data frames write True and False.
     plain = {"": None, "true": True, "false": False}
-    return plain[text.lower()] if text.lower() in plain else _parsed(text, f"{where}: {key}")
+    if text.lower() in plain:
+        return plain[text.lower()]
+    if key in FLAGS and _WORD.fullmatch(text):
+        return text  # refused as a label that is a text, with what may be there
+    return _parsed(text, f"{where}: {key}")
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:

@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from trl_ext.errors import ConfigError
+from trl_ext.errors import ConfigError, RunError
+
+_NONE = object()
 
 
 def check_count(name: str, value: Any) -> int:
@@ -37,6 +39,75 @@ def as_ids(ids: int | Iterable[int] | None) -> list[int]:
     if ids is None:
         return []
     return [ids] if isinstance(ids, int) else list(ids)
+
+
+def check_ids(name: str, ids: Any) -> list[int]:
+    """Token ids, as a list.
+
+    Raises:
+        ConfigError: they are something else; True is no number.
+    """
+    listed: list[Any] = (
+        list(ids) if isinstance(ids, Iterable) and not isinstance(ids, str | bytes) else [ids]
+    )
+    wrong = [i for i in listed if isinstance(i, bool) or not isinstance(i, int) or i < 0]
+    if wrong or not isinstance(ids, Iterable):
+        raise ConfigError(
+            f"{name} is {ids!r}; it must be a list of token ids, whole numbers from 0. "
+            "tokenizer.convert_tokens_to_ids(token) gives one."
+        )
+    return listed
+
+
+def check_sampled(
+    sampler: Any, found: Any, count: int, budgets: Sequence[int]
+) -> list[list[list[int]]]:
+    """What a sampler returned for prefixes, each with so many tokens left.
+
+    Raises:
+        RunError: it is not `count` lists of token ids for each, or a list is empty or longer.
+    """
+
+    problem = _problem_of(found, count, budgets, sampler.end_ids)
+    if problem:
+        raise RunError(
+            f"The sampler {type(sampler).__name__} returned {problem}. Its `sample` must return, "
+            f"of each of the {len(budgets)} prefixes, {count} lists of token ids: one token or "
+            "more, none behind an end token, and no more than its max_completion_length leaves."
+        )
+    return found
+
+
+def _problem_of(found: Any, count: int, budgets: Sequence[int], ends: Any) -> str | None:
+    if not _is_list(found, len(budgets)):
+        return f"{_kind(found)} for {len(budgets)} prefixes"
+    odd = next((ways for ways in found if not _is_list(ways, count)), _NONE)
+    if odd is not _NONE:
+        return f"{_kind(odd)} for a prefix"
+    pairs = zip(found, budgets, strict=True)
+    problems = (_problem_of_one(ids, budget, ends) for ways, budget in pairs for ids in ways)
+    return next(filter(None, problems), None)
+
+
+def _problem_of_one(ids: Any, budget: int, ends: Any) -> str | None:
+    if not isinstance(ids, list | tuple) or any(type(i) is not int or i < 0 for i in ids):
+        return f"{_kind(ids)} that is no list of token ids"
+    if not ids:
+        return "no token behind a prefix that is not over"
+    if len(ids) > budget:
+        return f"{len(ids)} tokens where {budget} were left"
+    if any(token in ends for token in ids[:-1]):
+        return f"{_kind(ids)} that goes on behind an end token"
+    return None
+
+
+def _is_list(value: Any, size: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == size
+
+
+def _kind(value: Any) -> str:
+    said = " ".join(repr(value).split())
+    return f"a {type(value).__name__}, {said if len(said) <= 80 else said[:79] + '…'},"
 
 
 def budgets_of(

@@ -8,6 +8,7 @@ from trl_ext.gibbs_prm.rollout_checks import (
     as_ids,
     budgets_of,
     check_count,
+    check_ids,
     check_temperature,
     until_end,
 )
@@ -46,8 +47,9 @@ class VLLMSampler:
         self.temperature = check_temperature(temperature)
         engine = llm.llm_engine
         own = engine.model_config.try_get_generation_config().get("eos_token_id")
-        of_tokenizer = as_ids(llm.get_tokenizer().eos_token_id)
-        self.end_ids = frozenset([*as_ids(own), *of_tokenizer, *stop_token_ids])
+        self.tokenizer = llm.get_tokenizer()
+        stops = [*as_ids(self.tokenizer.eos_token_id), *check_ids("stop_token_ids", stop_token_ids)]
+        self.end_ids = frozenset([*as_ids(own), *stops])
         self.shares = bool(engine.vllm_config.cache_config.enable_prefix_caching)
         self.note = None
         if not self.shares:

@@ -14,6 +14,8 @@ from trl_ext.gibbs_prm.encoding import short
 # What a plain row may say of each completion: the first of these keys that it has.
 STEPS, ANSWERS = ("steps",), ("answer", "answers")
 LABELS = ("label", "labels", "correct", "reward", "rewards")
+FLAGS = (*LABELS, "final_answer_correct")  # true, false or a number
+_NAMED = 4  # different texts that an error names
 
 
 def take(
@@ -33,8 +35,20 @@ def take(
             f"{allowed}."
         )
     if not is_right(row[key]):
-        raise DataError(f"{where}: {parent}{key} is {short(row[key])}; it must be {allowed}.")
+        hint = as_texts(row[key]) if key in FLAGS else ""
+        raise DataError(f"{where}: {parent}{key} is {short(row[key])}; it must be {allowed}.{hint}")
     return row[key]
+
+
+def as_texts(labels: Any) -> str:
+    """A sentence on labels that are texts, such as "right" or "no"; nothing where none is."""
+    found = labels if isinstance(labels, list | tuple) else [labels]
+    texts = list(dict.fromkeys(repr(label) for label in found if isinstance(label, str)))
+    if not texts:
+        return ""
+    named = " and ".join(texts[:_NAMED]) + (" and others" if len(texts) > _NAMED else "")
+    kind = "is a text" if len(texts) == 1 else "are texts"
+    return f" {named} {kind}: write true for what is right and false for what is not, unquoted."
 
 
 def is_text(value: Any) -> bool:

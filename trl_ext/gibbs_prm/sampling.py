@@ -14,10 +14,12 @@ from trl_ext.gibbs_prm.rollout_checks import (
     as_ids,
     budgets_of,
     check_count,
+    check_ids,
     check_temperature,
     until_end,
 )
 from trl_ext.models.adapter import Causal, device_of, inner_model, reading, wrapped_model
+from trl_ext.models.loading import tokenizer_beside
 
 
 class Rollouts(Protocol):
@@ -75,6 +77,7 @@ class GenerateSampler:
     Attributes:
         shares: whether prefixes share what they have in common.
         note: why they do not although they should, or None.
+        tokenizer: the one given, or that beside the model; None: neither is known.
 
     Raises:
         ConfigError: an argument out of range, or a prompt-learning adapter, whose tokens no prefix
@@ -99,7 +102,9 @@ class GenerateSampler:
         self.max_completion_length = check_count("max_completion_length", max_completion_length)
         self.temperature = check_temperature(temperature, greedy=True)
         self.batch_size = check_count("batch_size", batch_size)
-        self.end_ids = frozenset([*_end_ids(model, tokenizer), *stop_token_ids])
+        stops = check_ids("stop_token_ids", stop_token_ids)
+        self.end_ids = frozenset([*_end_ids(model, tokenizer), *stops])
+        self.tokenizer = tokenizer if hasattr(tokenizer, "get_vocab") else tokenizer_beside(model)
         obstacle = why_not_shared(inner_model(model))
         self.shares = share == "prefix" and obstacle is None
         self.note = None

@@ -77,6 +77,11 @@ def _read(folder: Path, values: dict[str, Any]) -> SavedRun:
             f"trained with kl_controller={values['kl_controller']}, which moved beta: the recipe's "
             f"{beta} is where it began."
         )
+    if values.get("load_in_4bit") or values.get("load_in_8bit"):
+        notes.append(
+            "trained on a quantised model, and opened by its path it is not quantised: rewards are "
+            "off by what quantising changes. Give the loaded models to be exact."
+        )
     return SavedRun(
         folder,
         beta,

@@ -4,12 +4,14 @@ Until everything is scored the rows are in `<output>.partial`, JSON lines behind
 says what is being scored with what. It becomes the output, .jsonl or .parquet, at the end.
 """
 
-import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import lock_descriptor
 
 from trl_ext.errors import ConfigError, DataError, RunError
 from trl_ext.gibbs_prm.raw_rows import raw_rows
@@ -86,7 +88,9 @@ class ScoredFile:
         self._new = output.with_name(output.name + ".partial.new")
         try:
             is_there = self.partial.exists()
-            self._file = self.partial.open("a", encoding="utf-8")
+            # All reading and writing is by this handle: on Windows others may not read what it
+            # holds locked.
+            self._file = self.partial.open("ab+")
             self._lock()
             if force or not is_there:
                 self._begin()
@@ -97,43 +101,40 @@ class ScoredFile:
 
     def _lock(self) -> None:
         """Keep a second process out, until this one ends or closes the file."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not lock_descriptor(self._file.fileno(), blocking=False):
             self._file.close()
             raise RunError(
                 f"{self.partial} is being written by another process, which scores into "
                 f"{self.output}. Wait for its end, or give another --output."
-            ) from error
+            )
 
     def _begin(self) -> None:
         self._file.truncate(0)
-        self._file.write(json.dumps({"scoring": self.about}) + "\n")
+        self._file.write(json.dumps({"scoring": self.about}).encode() + b"\n")
         self._file.flush()
 
     def _go_on(self) -> None:
         """Count what is there; drop a last line that a kill left half written."""
-        with self.partial.open("rb+") as file:
-            begin = file.readline()
-            before = _about_of(begin)
-            if before is None:
-                self._file.close()
-                raise ConfigError(
-                    f"{self.partial} is in the way, and is no scoring that could be gone on with. "
-                    "Move it away, or give --force to begin anew."
-                )
-            whole = file.tell()
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self.done += 1
-                whole += len(line)
-            if before == self.about:
-                file.truncate(whole)
-            elif self.done:
-                self._file.close()
-                self._refuse(before)
-        if before != self.about:
+        self._file.seek(0)
+        before = _about_of(self._file.readline())
+        if before is None:
+            self._file.close()
+            raise ConfigError(
+                f"{self.partial} is in the way, and is no scoring that could be gone on with. "
+                "Move it away, or give --force to begin anew."
+            )
+        whole = self._file.tell()
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                break
+            self.done += 1
+            whole += len(line)
+        if before == self.about:
+            self._file.truncate(whole)
+        elif self.done:
+            self._file.close()
+            self._refuse(before)
+        else:
             self._begin()  # what nothing was scored with yet
 
     def _refuse(self, before: Mapping[str, Any]) -> None:
@@ -152,7 +153,7 @@ class ScoredFile:
             RunError: if they cannot be written.
         """
         try:
-            self._file.writelines([line_of(row.record()) for row in rows])
+            self._file.writelines([line_of(row.record()).encode() for row in rows])
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -169,12 +170,12 @@ class ScoredFile:
             if self.output.suffix.lower() == ".parquet":
                 self._to_parquet(self._new)
             else:
-                with self.partial.open("rb") as rows, self._new.open("wb") as file:
-                    rows.readline()
-                    while part := rows.read(2**20):
-                        file.write(part)
+                self._file.seek(0)
+                self._file.readline()
+                with self._new.open("wb") as file:
+                    shutil.copyfileobj(self._file, file)
             self._new.replace(self.output)
-            self.partial.unlink()
+            self._remove()
         except OSError as error:
             raise self._not_written(error) from error
         finally:
@@ -183,8 +184,14 @@ class ScoredFile:
     def close(self) -> None:
         """Leave what is scored, to be gone on with; nothing where nothing is."""
         if not self._file.closed and not self.done:
-            self.partial.unlink(missing_ok=True)
+            self._remove()
         self._file.close()
+
+    def _remove(self) -> None:
+        if os.name == "nt":  # which removes no file that is open
+            self._file.close()
+        # Still locked: nobody goes on with what is removed.
+        self.partial.unlink(missing_ok=True)
 
     def _to_parquet(self, new: Path) -> None:
         import pyarrow
@@ -209,13 +216,13 @@ class ScoredFile:
 
     def _windows(self) -> Iterator[list[Any]]:
         window: list[Any] = []
-        with self.partial.open(encoding="utf-8") as file:
-            next(file)
-            for line in file:
-                window.append(json.loads(line))
-                if len(window) == 512:
-                    yield window
-                    window = []
+        self._file.seek(0)
+        self._file.readline()
+        for line in self._file:
+            window.append(json.loads(line))
+            if len(window) == 512:
+                yield window
+                window = []
         if window:
             yield window
 

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trl_ext.errors import RunError
 from trl_ext.gibbs_prm.encoding import Encoded, encode
-from trl_ext.gibbs_prm.rollout_checks import check_count
+from trl_ext.gibbs_prm.rollout_checks import check_count, check_ids, check_sampled
 from trl_ext.gibbs_prm.scored import GibbsScores
 from trl_ext.gibbs_prm.scorer import GibbsScorer
 from trl_ext.gibbs_prm.search_arguments import (
@@ -87,7 +86,7 @@ class StepSearch:
         options = {
             "max_completion_length": max_completion_length,
             "temperature": temperature,
-            "stop_token_ids": tuple(stop_token_ids) or None,
+            "stop_token_ids": check_ids("stop_token_ids", stop_token_ids) or None,
             "batch_size": batch_size,
         }
         given = {name: value for name, value in options.items() if value is not None}
@@ -107,7 +106,8 @@ class StepSearch:
         Raises:
             ConfigError: a prompt with a completion is longer than what a model reads.
             DataError: a prompt cannot be tokenised.
-            RunError: a model gives a token probability 0 or NaN, or the sampler no token.
+            RunError: a model gives a token probability 0 or NaN, or the sampler something else than
+                it must.
         """
         rows = [
             Progress(prompt, self._encoded(prompt, (), row=row).prompt_ids)
@@ -154,11 +154,7 @@ class StepSearch:
             for prefix, budget in zip(prefixes, budgets, strict=True)
         ]
         found = sampler.sample(prefixes, count, prompt_lengths=lengths, seed=seed)
-        if not all(tokens for ways in found for tokens in ways):
-            raise RunError(
-                f"The sampler {type(sampler).__name__} returned no token behind a prefix that is "
-                "not over. It must return one or more."
-            )
+        check_sampled(self.sampler, found, count, budgets)
         on = []
         for each, ways in zip(begun, found, strict=True):
             each.row.tokens_generated += sum(map(len, ways))

@@ -1,31 +1,36 @@
 """What a search by steps asks of its arguments."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from trl_ext.errors import ConfigError
-from trl_ext.gibbs_prm.rollout_checks import budgets_of
+from trl_ext.gibbs_prm.rollout_checks import budgets_of, check_count
 from trl_ext.gibbs_prm.rollout_vllm import VLLMSampler
 from trl_ext.gibbs_prm.sampling import GenerateSampler, Rollouts
 from trl_ext.gibbs_prm.scorer import GibbsScorer
 from trl_ext.models.adapter import Adapter
+from trl_ext.models.loading import tokenizer_beside
 from trl_ext.models.log_probs import TokenIds, check_rows
+from trl_ext.models.vocabulary import check_vocabularies
 
 
 def sampler_of(generator: Any, scorer: GibbsScorer, options: dict[str, Any]) -> Rollouts:
     """What samples: of a model a `GenerateSampler` with these options, or the sampler given.
 
     Raises:
-        ConfigError: the generator is neither, options are out of range, or a sampler has its own.
+        ConfigError: the generator is neither, its tokens are not the scorer's, options are out of
+            range, or a sampler has its own.
     """
     model: Any = generator
     if isinstance(generator, str) and generator in ("reference", "policy"):
         model = getattr(scorer, generator)
     if isinstance(model, PreTrainedModel | PeftModel | Adapter):
         own: dict[str, Any] = {"max_completion_length": None} | options
+        if model is not scorer.reference and model is not scorer.policy:
+            _check_tokenizer(tokenizer_beside(model), scorer)
         return GenerateSampler(model, scorer.tokenizer, **own)
     if not all(hasattr(model, n) for n in ("sample", "max_completion_length", "end_ids")):
         raise ConfigError(
@@ -37,7 +42,18 @@ def sampler_of(generator: Any, scorer: GibbsScorer, options: dict[str, Any]) -> 
             f"{' and '.join(options)} are set, and the generator is a sampler, which has its own. "
             f"Give them to {type(generator).__name__}, and leave them out here."
         )
+    name = type(generator).__name__
+    check_count(f"max_completion_length of {name}", model.max_completion_length)
+    if not isinstance(model.end_ids, frozenset | set):
+        raise ConfigError(f"end_ids of {name} is {model.end_ids!r}; it must be a set of token ids.")
+    _check_tokenizer(getattr(model, "tokenizer", None), scorer)
     return model
+
+
+def _check_tokenizer(tokenizer: Any, scorer: GibbsScorer) -> None:
+    """Whether the generator's tokens, where its tokenizer is known, are the scorer's."""
+    if tokenizer is not None:
+        check_vocabularies({"the generator": tokenizer, "the scorer": scorer.tokenizer})
 
 
 def check_scorer(scorer: Any) -> GibbsScorer:
@@ -65,7 +81,8 @@ def check_strings(strings: Any) -> tuple[str, ...]:
     Raises:
         ConfigError: they are one text, or one of them is empty or no text.
     """
-    if isinstance(strings, str) or not all(isinstance(s, str) and s for s in strings):
+    is_list = isinstance(strings, Iterable) and not isinstance(strings, str)
+    if not is_list or not all(isinstance(s, str) and s for s in strings):
         raise ConfigError(
             f"stop_strings is {strings!r}; it must be a list of texts of one character or more."
         )
@@ -104,8 +121,13 @@ def check_prompts(prompts: Any) -> Sequence[Any]:
     """A list of prompts.
 
     Raises:
-        ConfigError: it is one text.
+        ConfigError: it is one text, or no list.
     """
     if isinstance(prompts, str):
         raise ConfigError(f"prompts is one text; it must be a list of them: [{prompts!r}].")
-    return prompts
+    if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
+        raise ConfigError(
+            f"prompts is a {type(prompts).__name__}; it must be a list of texts or of lists of "
+            "messages."
+        )
+    return list(prompts)

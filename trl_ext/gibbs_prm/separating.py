@@ -12,6 +12,7 @@ from trl_ext.gibbs_prm.metrics.agreement import (
     means_and_intervals,
     rows_by_name,
 )
+from trl_ext.gibbs_prm.row_values import as_texts
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def separation(
         prompts: of each, the name of its prompt.
 
     Raises:
-        DataError: if the lengths differ, a score is NaN, or no prompt has a right and a wrong one.
+        DataError: if the lengths differ, a score is NaN, correct holds texts, or no prompt has a
+            right and a wrong one.
     """
     if not len(scores) == len(correct) == len(prompts):
         raise DataError(
@@ -53,6 +55,10 @@ def separation(
             f"{len(correct)} and {len(prompts)}."
         )
     values = check_numbers(scores, "score")
+    if texts := [each for each in correct if isinstance(each, str)]:
+        raise DataError(
+            f"correct holds {texts[0]!r}; it must be true or false of each.{as_texts(texts)}"
+        )
     right = torch.tensor([bool(each) for each in correct])
     areas, pairs = [], 0
     for rows in rows_by_name(prompts).values():

@@ -64,8 +64,9 @@ def check_steps(steps: Any) -> None:
     """Whether this says how to cut completions: before any of them is looked at.
 
     Args:
-        steps: a name of `NAMES`, {"regex": pattern}, a compiled pattern, or given steps: a list of
-            texts or of character ends, or a list of such lists, one a completion.
+        steps: a name of `NAMES`; {"regex": pattern} or a compiled pattern: a step ends behind each
+            match; or given steps: a list of texts or of character ends, or a list of such lists,
+            one a completion.
 
     Raises:
         ConfigError: if not.

@@ -8,12 +8,11 @@ from typing import Any
 
 from trl_ext.errors import ConfigError, DataError, RunError, TrlExtError
 from trl_ext.gibbs_prm.files import Row
+from trl_ext.gibbs_prm.rows_to_score import Place, places, steps_of
 from trl_ext.gibbs_prm.scored_row import ScoredRow, apart
 from trl_ext.gibbs_prm.scorer import GibbsScorer
 
-GIVEN = "given"
 _FIRST_WINDOW = 16  # completions: what a kill may cost before the speed is known
-_Place = tuple[int, int, Row]
 
 
 def score_rows(
@@ -45,11 +44,11 @@ def score_rows(
         DataError: for a row that cannot be scored, with its place; or "given" steps that it lacks.
         ConfigError, RunError: as `GibbsScorer.score`.
     """
-    places = islice(_places(rows), skip, None)
+    left = islice(places(rows), skip, None)
     size = min(window, _FIRST_WINDOW)
-    while part := list(islice(places, size)):
+    while part := list(islice(left, size)):
         begin = time.perf_counter()
-        cuts = [_steps_of(*place, steps) for place in part]
+        cuts = [steps_of(*place, steps) for place in part]
         completions = [row.completions[sample] for _, sample, row in part]
         prompts = [row.prompt for _, _, row in part]
         try:
@@ -75,30 +74,12 @@ def score_rows(
         ]
 
 
-def _places(rows: Iterable[Row]) -> Iterator[_Place]:
-    for number, row in enumerate(rows):
-        for sample in range(len(row.completions)):
-            yield number, sample, row
-
-
-def _steps_of(number: int, sample: int, row: Row, steps: Any) -> Any:
-    given = _of(row.steps, sample)
-    if steps == GIVEN and given is None:
-        raise DataError(
-            f"row {number} has no steps of its own, and steps is {GIVEN!r}. Give the row the key "
-            "'steps', or a rule such as newline."
-        )
-    if steps is None or steps == GIVEN:
-        return "newline" if given is None else given
-    return steps
-
-
 def _of(values: Any, sample: int) -> Any:
     return None if values is None else values[sample]
 
 
 def _located(
-    scorer: GibbsScorer, part: list[_Place], cuts: list[Any], append_eos: bool, error: TrlExtError
+    scorer: GibbsScorer, part: list[Place], cuts: list[Any], append_eos: bool, error: TrlExtError
 ) -> TrlExtError:
     """The error of a window once more, as that of the row of the input that it is about.
 
@@ -113,7 +94,7 @@ def _located(
     return error
 
 
-def _of_input(part: list[_Place], error: RunError) -> RunError:
+def _of_input(part: list[Place], error: RunError) -> RunError:
     """What a model could not score, by its place in the input: only the window's is in the text."""
     found = re.match(r"Row (\d+): ", str(error))
     if found is None:

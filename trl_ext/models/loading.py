@@ -1,7 +1,8 @@
 """Causal language models and LoRA adapters from paths; what shares a base is loaded once."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from transformers.utils import find_adapter_config_file
 
 from trl_ext.bundled import resolve_model
 from trl_ext.errors import ConfigError
-from trl_ext.models.adapter import Adapter
-
-ADAPTER_FILE = "adapter_config.json"
+from trl_ext.models.adapter import Adapter, Causal, inner_model
+from trl_ext.models.damage import Unreadable, reading_files
+from trl_ext.models.paths import ADAPTER_FILE
+from trl_ext.models.quiet import quiet_loading
 
 
 def load_causal(
@@ -37,7 +39,13 @@ def load_causal(
     Raises:
         ConfigError: if a path cannot be opened; with its name.
     """
-    device = device or default_device()
+    with quiet_loading():
+        return _load_causal(paths, dtype, device or default_device(), beside)
+
+
+def _load_causal(
+    paths: Mapping[str, str], dtype: str, device: str | torch.device, beside: str
+) -> dict[str, Any]:
     paths = {name: resolve_model(os.fspath(path)) for name, path in paths.items()}
     bases = {name: base_of(name, path) for name, path in paths.items() if is_adapter(path)}
     wrapped = {
@@ -86,29 +94,45 @@ def load_model(
     Raises:
         ConfigError: if there is none; with the name.
     """
-    try:
-        kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    with _opening(name, path, beside):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=kind)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        missing = "" if os.path.exists(path) else "There is no such folder here, and as a hub id: "
+        return model.to(device).eval()  # pyright: ignore[reportArgumentType]
+
+
+@contextmanager
+def _opening(name: str, path: str, beside: str = "") -> Iterator[None]:
+    """Opens what is called `name` at `path`.
+
+    Raises:
+        ConfigError: it cannot be.
+    """
+    try:
+        with reading_files():
+            yield
+    except Unreadable as error:
+        is_here = os.path.exists(path)
+        missing = "" if is_here else "There is no such folder here, and as a hub id: "
+        whole = " Are the files there whole? Copy them once more." if is_here else ""
         raise ConfigError(
-            f"{_capital(name)} cannot be opened at {path!r}: {missing}{reason}. It must be a hub "
-            "id or folder of a causal language model, or of a LoRA adapter "
-            f"({ADAPTER_FILE}){beside}."
+            f"{_capital(name)} cannot be opened at {path!r}: {missing}{error}.{whole} It must be a "
+            "hub id or folder of a causal language model, or of a LoRA adapter "
+            f"({ADAPTER_FILE}) and the base that it belongs to{beside}."
         ) from error
-    return model.to(device).eval()  # pyright: ignore[reportArgumentType]
 
 
 def _with_adapters(
     base: str, adapters: Mapping[str, str], dtype: str, device: str | torch.device
 ) -> PeftModel:
     model = load_model("the base of " + " and ".join(adapters), base, dtype, device)
+    wrapped: Any = None
     # By number: not every name can be that of a module.
-    first, *others = adapters.values()
-    wrapped = PeftModel.from_pretrained(model, first, adapter_name="0")
-    for number, path in enumerate(others, start=1):
-        wrapped.load_adapter(path, adapter_name=str(number))
+    for number, (name, path) in enumerate(adapters.items()):
+        with _opening(name, path):
+            if wrapped is None:
+                wrapped = PeftModel.from_pretrained(model, path, adapter_name="0")
+            else:
+                wrapped.load_adapter(path, adapter_name=str(number))
     return wrapped.to(device).eval()
 
 
@@ -118,7 +142,8 @@ def base_of(name: str, path: str) -> str:
     Raises:
         ConfigError: if the adapter does not say.
     """
-    base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    with _opening(name, path):
+        base = PeftConfig.from_pretrained(path).base_model_name_or_path
     if not base:
         raise ConfigError(
             f"{_capital(name)}, an adapter at {path!r}, does not say which model it belongs "
@@ -138,9 +163,16 @@ def tokenizer_at(path: str) -> Any:
     try:
         if is_adapter(path) and not os.path.isfile(os.path.join(path, "tokenizer_config.json")):
             path = base_of("the adapter", path)
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError):
+        with reading_files():
+            return AutoTokenizer.from_pretrained(path)
+    except (ConfigError, Unreadable):
         return None
+
+
+def tokenizer_beside(model: Causal) -> Any:
+    """The tokenizer in the folder that a model was loaded from; None without."""
+    path = getattr(inner_model(model).config, "_name_or_path", "")
+    return tokenizer_at(path) if path and os.path.isdir(path) else None
 
 
 def open_tokenizer(name: str) -> Any:
@@ -149,11 +181,14 @@ def open_tokenizer(name: str) -> Any:
     Raises:
         ConfigError: if there is none.
     """
+    path = resolve_model(name)
     try:
-        return AutoTokenizer.from_pretrained(resolve_model(name))
-    except (OSError, ValueError) as error:
+        with reading_files():
+            return AutoTokenizer.from_pretrained(path)
+    except Unreadable as error:
         raise ConfigError(
-            f"The tokenizer {name!r} cannot be opened: {str(error).strip().splitlines()[0]}"
+            f"The tokenizer {name!r} cannot be opened: {error}. It must be a hub id, a bundled: "
+            "name, or a folder with whole tokenizer files; save it there once more."
         ) from error
 
 

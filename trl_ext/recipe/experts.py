@@ -1,7 +1,9 @@
 """Experts and their weights in a recipe, against each other."""
 
+from collections.abc import Mapping
 from typing import Any
 
+from trl_ext.models.paths import MODEL_FILES, place_problem
 from trl_ext.poe.distillation_rules import distillation_findings
 from trl_ext.recipe.check import first_origin
 from trl_ext.recipe.findings import Finding, Origin
@@ -17,6 +19,8 @@ _KEYS = (
     "jsd_weight",
     "temperature",
 )
+# The last one is of a counted expert; importing what writes it would take torch.
+_FILES = (*MODEL_FILES, "counted_expert.json")
 
 
 def check_experts(
@@ -33,6 +37,15 @@ def check_experts(
     if options["experts"] is None:
         message = "missing; name the experts of the product, each with its path or hub id"
         findings.append(Finding(first_origin(entries, ("experts",), recipe), "experts", message))
-    for key, problem in distillation_findings(options):
+    for key, problem in distillation_findings(options) or _of_places(options["experts"]):
         origin = first_origin(entries, (key, "expert_weights", "experts"), recipe)
         findings.append(Finding(origin, key, problem))
+
+
+def _of_places(experts: Mapping[str, str] | None) -> list[tuple[str, str]]:
+    """Experts that are not where they are said to be; outputs of a run that is to come may be."""
+    problems = {
+        name: place_problem(path, files=_FILES, folders_first=False)
+        for name, path in (experts or {}).items()
+    }
+    return [("experts", f"{name}: {problem}") for name, problem in problems.items() if problem]

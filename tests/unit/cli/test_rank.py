@@ -87,6 +87,7 @@ def test_labels_tell_how_good_the_scores_are(here, trl_ext):
     assert by_n[4]["tokens"] == 4.0
     assert "majority" in out and "chance" in out
     assert "first_error" not in found and "agreement" not in found
+    assert "Fewer than 30 prompts (separation 2, best of n 2): the intervals are only a" in out
 
 
 def test_first_errors_by_a_tuned_threshold(here, trl_ext):
@@ -132,6 +133,7 @@ def test_two_scorings_agree(here, trl_ext):
     assert code == 0, err
     # 0,1,1,2,2,3 against 0,.5,2,2.5,4,4.5: none the other way round, two ties: 13/√(13·15).
     assert "Kendall's tau-b 0.931, Spearman's rho" in out
+    assert "Fewer than 30 prompts (agreement 1): the intervals" in out
     write("c.jsonl", other[:2])
     code, _, err = trl_ext("rank", "a.jsonl", "--against", "c.jsonl")
     assert code == 2 and "it has no completion 2 of row 0" in err
@@ -217,3 +219,36 @@ def test_without_answers_nobody_votes(here, trl_ext):
     row = json.loads(Path("n.json").read_text())["best_of_n"][-1]
     assert set(row) == {"n", "tokens", "best", "random", "pass_at_n"}
     assert row["best"]["mean"] == 1.0
+
+
+def test_thirty_prompts_are_enough_for_an_interval(here, trl_ext):
+    """29 prompts are warned of, and of 30 as many only as have a right and a wrong completion."""
+
+    def rows(prompts: int, mixed: int) -> list[ScoredRow]:
+        return [
+            scored(row, k, [float(k)], label=k == 1 and row < mixed)
+            for row in range(prompts)
+            for k in range(2)
+        ]
+
+    for prompts, mixed, says in (
+        (29, 29, "(separation 29, best of n 29)"),
+        (30, 29, "(separation 29)"),
+        (30, 30, None),
+    ):
+        write("few.jsonl", rows(prompts, mixed))
+        code, out, err = trl_ext("rank", "few.jsonl")
+        assert code == 0, err
+        assert f"Fewer than 30 prompts {says}" in out if says else "Fewer" not in out
+        Path("few.jsonl").unlink()
+
+
+def test_ranks_alone_have_no_interval(here, trl_ext):
+    write("plain.jsonl", [scored(0, 0, [1.0]), scored(0, 1, [2.0])])
+    code, out, _ = trl_ext("rank", "plain.jsonl")
+    assert code == 0 and "Fewer" not in out
+
+
+def test_all_files_in_the_way_are_named(here, trl_ext):
+    code, _, err = trl_ext("rank", "s.jsonl", "--output", "s.txt", "--json", "no/n.json")
+    assert code == 2 and "--output s.txt: " in err and "--json no/n.json: cannot" in err

@@ -79,7 +79,7 @@ def test_a_file_is_scored_into_another(here, trl_ext, run_folder, name):
 
 def test_a_killed_scoring_goes_on(here, trl_ext, run_folder, monkeypatch):
     """The second window fails; the same command then scores it alone."""
-    import trl_ext.gibbs_prm.streaming as streaming
+    import trl_ext.gibbs_prm.to_file as streaming
 
     whole = streaming.score_rows
 
@@ -168,3 +168,48 @@ def test_a_terminal_does_not_obey_a_completion(here, trl_ext, run_folder):
     code, out, _ = trl_ext("score", run_folder, "--prompt", "hi", "--completion", "a\x1b[31mb")
     assert code == 0
     assert "a␛[31mb" in out and "\x1b[31mb" not in out
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "says"),
+    [
+        ({"prompt": "a"}, [], "there is no key 'completion'"),
+        ({"prompt": "a", "completion": "b", "label": "no"}, [], "'no' is a text: write true for"),
+        (
+            {"prompt": "a", "completion": "b", "steps": ["c"]},
+            [],
+            "Row 2 of the input, completion 0",
+        ),
+        ({"prompt": "a", "completion": "b"}, ["--steps", "given"], "row 0 has no steps of its own"),
+        ({"prompt": "a", "completion": "b"}, ["--steps", "turn"], "which has no turns"),
+        ({"prompt": "a", "completion": "b"}, ["--steps", "lines"], "which is no way to cut"),
+    ],
+)
+def test_a_wrong_row_is_told_before_a_model_loads(here, trl_ext, row, options, says):
+    """Without importing what loads one; the model that is named does not exist."""
+    with Path("in.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    code, _, err = trl_ext("score", "no/such/model", "in.jsonl", "--output", "o.jsonl", *options)
+    assert code == 2 and says in err
+    assert not Path("o.jsonl.partial").exists()
+
+
+def test_a_wrong_row_costs_no_import_of_torch(here, python):
+    Path("in.jsonl").write_text('{"prompt": "a"}\n')
+    program = (
+        "import sys\nfrom trl_ext.cli import main\n"
+        "code = main(['score', 'no/such/model', 'in.jsonl', '--output', 'o.jsonl'])\n"
+        "print(code, 'torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    assert python(program).split("\n")[0] == "2 False False"
+
+
+def test_all_files_in_the_way_are_named(here, trl_ext, run_folder):
+    Path("o.jsonl").touch()
+    Path("page.html").touch()
+    argv = ["score", run_folder, "in.jsonl", "--output", "o.jsonl", "--html", "page.html"]
+    code, _, err = trl_ext(*argv)
+    assert code == 2
+    assert "o.jsonl exists and is left alone" in err
+    assert "--html page.html: the file exists and is left alone" in err
+    assert trl_ext(*argv, "--force")[0] == 0

@@ -342,7 +342,8 @@ def test_what_is_no_row(tmp_path, row, says):
         ("r.csv", b"prompt,completion\na,b,c\n", "r.csv:2: .* header, which has 2"),
         ("r.csv", b"prompt,completion\na\n", "r.csv:2: .* header, which has 2"),
         ("r.csv", b'prompt,completion\na,"b\n', "r.csv:2: this is not CSV: unexpected end"),
-        ("r.csv", b"prompt,completion,label\na,b,yes\n", "r.csv:2: label: this is not JSON"),
+        ("r.csv", b"prompt,completion,label\na,b,(\n", "r.csv:2: label: this is not JSON"),
+        ("r.csv", b"prompt,completion,label\na,b,NaN\n", "r.csv:2: label is nan; it must be true"),
         ("r.parquet", b"PAR1", "r.parquet is not a parquet file, or is cut"),
         ("r.txt", b"a", "the ending '.txt' is none of .jsonl, .json, .parquet, .csv"),
     ],
@@ -397,3 +398,43 @@ def test_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "p.jsonl")
     with pytest.raises(DataError, match="is a pipe or a device"):
         read_rows(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        (
+            "r.jsonl",
+            b'{"prompt": "p", "completions": ["a", "b", "c"], "labels": ["yes", "no", "yes"]}',
+            r"1: labels is .*; it must be a list: .* true, false or a finite number\. "
+            "'yes' and 'no' are texts: write true for what is right and false for what is not",
+        ),
+        (
+            "r.jsonl",
+            b'{"prompt": "p", "completion": "a", "correct": "true"}',
+            "correct is 'true'; it must be true or false. 'true' is a text",
+        ),
+        (
+            "r.jsonl",
+            b'{"prompt": "p", "completions": ["a", "b", "c", "d", "e"], "label": '
+            b'["v", "w", "x", "y", "z"]}',
+            "'v' and 'w' and 'x' and 'y' and others are texts",
+        ),
+        (
+            "r.json",
+            b'[{"problem": "p", "steps": ["a"], "final_answer_correct": "yes", "label": 0}]',
+            "final_answer_correct is 'yes'; it must be true or false. 'yes' is a text",
+        ),
+        ("r.csv", b"prompt,completion,label\na,b,right\n", "2: label is 'right'; .* is a text"),
+        ("r.csv", b"prompt,completion,correct\na,b,not so\n", "2: correct is 'not so'; .* text"),
+        (
+            "r.jsonl",
+            b'{"prompt": "p", "completion": "a", "label": null, "reward": [1]}',
+            r"number\.$",
+        ),
+    ],
+)
+def test_labels_that_are_texts(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=says):
+        list(read_rows(tmp_path / name))

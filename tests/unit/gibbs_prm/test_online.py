@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -425,6 +426,19 @@ def test_a_damaged_one_is_named(make, tmp_path):
             trainer.process_reward.restore(folder.parent)
 
 
+def test_an_adapter_that_lacks_weights_is_named(make, tmp_path):
+    """One of four is gone: peft would go on with what it had."""
+    trainer = make(LORA)
+    trainer.save_model()
+    folder = tmp_path / "out" / "process_reward" / "scorer"
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    weights.pop(next(iter(weights)))
+    save_file(weights, file)
+    with pytest.raises(RunError, match=r"cannot be read: weights of the adapter are missing\. Is"):
+        trainer.process_reward.restore(folder.parent)
+
+
 @pytest.mark.parametrize("value", [1.5, -0.25])
 def test_rewards_that_are_no_labels_are_refused(make, value):
     reward = {"reward_funcs": lambda completions, **_: [value] * len(completions)}
@@ -585,3 +599,72 @@ def test_two_processes_are_one(model_path, tmp_path, lora):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
     for name, value in alone["policy"].items():
         torch.testing.assert_close(both["policy"][name], value, rtol=0, atol=2e-4)
+
+
+def falling(completions, trainer_state, **_) -> list[float]:
+    """Less behind each step: the first evaluation is the best."""
+    return [0.9 - trainer_state.global_step / 10 + 0.001 * (len(c) % 2) for c in completions]
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["all weights", "lora"])
+def test_the_best_checkpoint_has_its_scorer(model_path, tmp_path, lora):
+    """load_best_model_at_end: policy and scorer are those of step 1, not of step 3."""
+    trainer = made(
+        model_path,
+        tmp_path,
+        lora=lora,
+        eval_dataset=prompts(8),
+        reward_funcs=falling,
+        settings={
+            "max_steps": 3,
+            "learning_rate": 1e-2,
+            "per_device_eval_batch_size": 8,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_reward",
+            "greater_is_better": True,
+        },
+    )
+    seen, save = {}, trainer.process_reward.save
+
+    def keep(folder):
+        save(folder)
+        scorer = [p.detach().clone() for p in trainer.process_reward.scorer.trained()]
+        seen[Path(folder).parent.name] = scorer, weights_of(trainer.model)
+
+    trainer.process_reward.save = keep
+    trainer.train()
+    assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-1"
+    now = [p.detach() for p in trainer.process_reward.scorer.trained()]
+    (best, policy), (last, _) = seen["checkpoint-1"], seen["checkpoint-3"]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(now, best, strict=True))
+    assert not all(torch.equal(ours, theirs) for ours, theirs in zip(now, last, strict=True))
+    for name, value in weights_of(trainer.model).items():
+        assert torch.equal(value, policy[name]), name
+
+
+def raising_worker(model: str, output: str) -> None:
+    """Four rows a process; the scorer of the second process raises."""
+
+    class Broken:
+        def token_rewards(self, prompt_ids, completion_ids):
+            if os.environ["RANK"] == "1":
+                raise KeyError("no score")
+            return [[0.1] * len(ids) for ids in completion_ids]
+
+    frozen = {"process_learning_rate": None, "process_beta": None, "ddp_backend": "gloo"}
+    trainer = made(model, Path(output), process_reward=Broken(), settings=frozen)
+    trainer.train()
+
+
+@pytest.mark.slow
+def test_a_scorer_that_raises_on_one_process_ends_both(model_path, tmp_path):
+    """Its process names it; the other does not wait for ever for what it would have sent."""
+    where = {"folder": tmp_path, "environment": {"TRL_EXPERIMENTAL_SILENCE": "1"}}
+    ranks = two_ranks(raising_worker, model_path, str(tmp_path / "run"), **where)
+    (one, _, _), (other, _, said) = (rank.end(timeout=120) for rank in ranks)
+    assert one != 0 and other != 0
+    assert "RewardError: The process reward Broken raised KeyError: 'no score'" in said

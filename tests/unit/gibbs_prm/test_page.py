@@ -197,8 +197,8 @@ def test_the_legends_have_numbers(page):
 
 def test_the_table_of_steps(page):
     first, second = page(GIBBS).one("article").one("tbody").all("tr")
-    assert cells(first) == ["1 worst", "−0.5", "−0.5", "a\nb"]
-    assert cells(second) == ["2", "0.2", "−0.3", "c d"]
+    assert cells(first) == ["0 worst", "−0.5", "−0.5", "a\nb"]
+    assert cells(second) == ["1", "0.2", "−0.3", "c d"]
     # Step rewards −0.5 of at most 0.5: the tenth colour below; 0.2: the fourth above.
     assert [row.all("td")[1]["class"] for row in (first, second)] == ["a", "o"]
     assert (first["data-r"], first["data-p"]) == (
@@ -213,7 +213,7 @@ def test_places_are_linked_both_ways(page):
     root = page(GIBBS, ROLLED_OUT)
     places = [element.attributes.get("id") for element in root.inside]
     links = [link["href"] for link in root.all("a")]
-    assert {"#c1s2", "#c1r2", "#c2s1", "#c2r1", "#c2"} <= set(links)
+    assert {"#c0s1", "#c0r1", "#c1s0", "#c1r0", "#c1"} <= set(links)
     assert all(places.count(link.removeprefix("#")) == 1 for link in links)
 
 
@@ -229,8 +229,8 @@ def test_rolled_out_steps_have_the_colours(page):
 def test_standard_errors_and_who_believes_them(page):
     root = page(ROLLED_OUT)
     first, second = root.one("article").one("tbody").all("tr")
-    assert cells(first) == ["1", "0.25", "0.25", "± 0.125 ?", "So 4."]
-    assert cells(second) == ["2 worst", "−1", "−0.75", "± 0", "No, 5."]
+    assert cells(first) == ["0", "0.25", "0.25", "± 0.125 ?", "So 4."]
+    assert cells(second) == ["1 worst", "−1", "−0.75", "± 0", "No, 5."]
     assert (first["data-e"], second["data-e"]) == ("0.125", "0.0")
     assert "too few effective samples" in first.one("abbr")["title"] and not second.all("abbr")
     text = root.one("article").text
@@ -261,18 +261,20 @@ def test_labels_and_first_errors(page):
     labels = ["correct", "incorrect", "reward 0.25", "", "reward 1"]
     assert [article["data-label"] for article in articles] == labels
     assert "no step is wrong" in articles[0].text and "first error" not in articles[0].text
-    assert articles[1].one("li", class_="error").one("a")["href"] == "#c2s2"
+    assert "worst step 0" in " ".join(articles[0].text.split())
+    assert "numbered from 0" in " ".join(root.text.split())
+    assert articles[1].one("li", class_="error").one("a")["href"] == "#c1s1"
     marks = [[row.all("td")[0].text for row in each.one("tbody").all("tr")] for each in articles]
-    assert marks[1:3] == [["1 worst", "2 first error"], ["1 worst, first error", "2"]]
+    assert marks[1:3] == [["0 worst", "1 first error"], ["0 worst, first error", "1"]]
     assert "first error" not in articles[3].text and "no step is wrong" not in articles[3].text
 
 
-@pytest.mark.parametrize(("asked", "step"), [(0, "1"), (1, "1"), (2, "2")])
+@pytest.mark.parametrize(("asked", "step"), [(0, "0"), (1, "0"), (2, "1")])
 def test_a_first_error_in_a_merged_step(page, asked, step):
     """Of three steps that were asked for, the first two are the first here."""
     root = page(replace(GIBBS, merged_into=[0, 0, 1]), first_errors=[asked])
     link = root.one("li", class_="error").one("a")
-    assert (link["href"], link.text) == (f"#c1s{step}", f"step {step}")
+    assert (link["href"], link.text) == (f"#c0s{step}", f"step {step}")
 
 
 def test_what_the_page_is_about(page):
@@ -303,8 +305,8 @@ def test_steps_of_one_token_have_no_numbers_between_them(page):
     by_token = scored(tokens, steps=tokens, step_ends=[1, 2], prefix_scores=[0.0, 0.0])
     assert not page(by_token).one("div", class_="text completion").all("a")
     assert [link.text for link in page(GIBBS).one("div", class_="text completion").all("a")] == [
+        "0",
         "1",
-        "2",
     ]
 
 
@@ -317,7 +319,7 @@ def test_a_long_table_is_closed_and_long_steps_are_cut_in_it(page):
     details = article.one("details", class_="table")
     assert "open" not in details.attributes
     assert cells(article.one("tbody").all("tr")[0])[-1] == "y" * 160 + "…"
-    assert article.one("span", id="c1s1").text == "y" * 161
+    assert article.one("span", id="c0s0").text == "y" * 161
     assert "open" in page(GIBBS).one("details", class_="table").attributes
 
 
@@ -344,7 +346,7 @@ def test_hostile_text_is_only_text(page):
         about={everywhere: everywhere},
         ids=[everywhere] * 2,
     )
-    tokens = root.one("span", id="c1s1").all("i")
+    tokens = root.one("span", id="c0s0").all("i")
     assert [token.text for token in tokens] == list(HOSTILE.values())
     assert len(root.all("script")) == 1 and root.inside[-1].tag == "script"
     assert root.one("h1").text == root.one("head").one("title").text == shown
@@ -366,8 +368,8 @@ def test_numbers_that_are_none(page):
     assert "2 of 3 lie beyond" in root.all("figure")[0].text
     assert "Hatched: not a number (1)" in root.all("figure")[0].text
     first, second = root.one("article").one("tbody").all("tr")
-    assert cells(first) == ["1 worst", "−∞", "−∞", "ab"] and cells(second) == [
-        "2",
+    assert cells(first) == ["0 worst", "−∞", "−∞", "ab"] and cells(second) == [
+        "1",
         "NaN",
         "NaN",
         "cd",
@@ -386,7 +388,7 @@ def test_a_step_without_a_reward_is_not_the_worst(page):
         is_believed=[],
     )
     rows = page(odd).one("article").one("tbody").all("tr")
-    assert [cells(row)[0] for row in rows] == ["1", "2", "3 worst"]
+    assert [cells(row)[0] for row in rows] == ["0", "1", "2 worst"]
 
 
 def test_the_picture_of_the_prefix_scores(page):
@@ -538,7 +540,7 @@ def test_a_page_is_written_piece_by_piece(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("one", "says"),
     [
-        (replace(GIBBS, prefix_scores=[0.0]), "Completion 2 has 2 steps, but 1 prefix scores"),
+        (replace(GIBBS, prefix_scores=[0.0]), "Completion 1 has 2 steps, but 1 prefix scores"),
         (replace(GIBBS, step_ends=[4]), "2 steps, but 1 step ends"),
         (replace(GIBBS, tokens=["a"]), "but 1 tokens up to token 4"),
         (replace(GIBBS, token_log_ratios=[]), "but 0 log-ratios up to token 4"),
@@ -563,7 +565,7 @@ def test_what_is_known_must_be_known_of_each(page, options):
 
 @pytest.mark.parametrize("first_error", [2, -2])
 def test_a_first_error_is_a_step(page, first_error):
-    with pytest.raises(DataError, match=f"completion 1 is step {first_error}, but it has 2 steps"):
+    with pytest.raises(DataError, match=f"completion 0 is step {first_error}, but it has 2 steps"):
         page(GIBBS, first_errors=[first_error])
     with pytest.raises(DataError, match="step 3, but it has 3 steps"):
         page(replace(GIBBS, merged_into=[0, 0, 1]), first_errors=[3])
@@ -572,3 +574,10 @@ def test_a_first_error_is_a_step(page, first_error):
 def test_a_folder_is_no_file(tmp_path):
     with pytest.raises(ConfigError, match="is a folder; name a file"):
         write_page([GIBBS], tmp_path)
+
+
+def test_a_label_that_is_a_text(page):
+    with pytest.raises(
+        DataError, match=r"A label is 'right'; .* 'right' is a text: write true for"
+    ):
+        page(GIBBS, labels=["right"])

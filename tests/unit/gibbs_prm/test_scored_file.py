@@ -4,6 +4,7 @@ import json
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,7 +134,7 @@ def test_outputs_that_cannot_be(tmp_path, monkeypatch):
 def test_a_full_disk_says_where_the_rows_are(tmp_path):
     file = ScoredFile(tmp_path / "s.jsonl", ABOUT)
     file._file.close()
-    full = open("/dev/full", "a", encoding="utf-8")  # noqa: SIM115
+    full: Any = open("/dev/full", "ab")  # noqa: SIM115
     file._file = full
     with pytest.raises(RunError, match=r"No space left on device. What is scored so far is in"):
         file.write(ROWS)

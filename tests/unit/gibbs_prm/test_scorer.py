@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging as of_transformers
 
 from tests.tiny import save_byte_llama
 from trl_ext.errors import ConfigError, DataError, RunError
@@ -351,7 +352,9 @@ def test_a_product_without_its_reward_has_no_beta(tmp_path):
 def test_an_adapter_that_is_cut(home, tmp_path, name):
     cut = copied(home, "x", tmp_path / "cut")
     (cut / name).write_bytes((cut / name).read_bytes()[:60])
-    with pytest.raises(ConfigError, match=r"the policy .*cut.* cannot be opened: .*copy them once"):
+    with pytest.raises(
+        ConfigError, match=r"The policy cannot be opened at .*cut'.* Copy them once"
+    ):
         GibbsScorer(cut, beta=1)
 
 
@@ -395,3 +398,115 @@ def test_a_reference_of_a_shorter_context_fails_before_the_policy_runs(home):
     with pytest.raises(ConfigError, match=r"Row 0 has 2 \+ 5 tokens .* reads at most 4"):
         GibbsScorer(policy, reference, beta=1.0).score(["hi"], ["hello"])
     assert not passes
+
+
+def nf4_policy(home: Path) -> Any:
+    """A LoRA policy on a 4-bit base, as QLoRA trains it."""
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        home / "base", quantization_config=nf4, dtype=torch.float32
+    )
+    torch.manual_seed(3)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    return get_peft_model(base, lora)
+
+
+def lora_gradients(model: Any) -> torch.Tensor:
+    model.train()
+    model.zero_grad()
+    ids = torch.tensor([[5, 9, 7, 3, 8, 6]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None for p in trained)
+    return torch.cat([p.grad.flatten() for p in trained])
+
+
+def test_a_qlora_policy_is_scored_and_still_trains(home):
+    """Scores: all logits with the adapter on and off, of the dequantised model.
+
+    On CPUs with AVX512-BF16 bitsandbytes repacks what was read in evaluation mode, and what is
+    repacked has no gradient.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(home / "base")
+    policy = nf4_policy(home)
+    scorer = GibbsScorer(policy, tokenizer=tokenizer, beta=1.0)
+    found = scorer.score(PROMPTS, COMPLETIONS)
+    gradients = lora_gradients(policy)
+    torch.testing.assert_close(gradients, lora_gradients(nf4_policy(home)))
+    exact = nf4_policy(home)
+    exact.dequantize()
+    exact.float().eval()
+    for row, scores in zip(zip(PROMPTS, COMPLETIONS, strict=True), found, strict=True):
+        ids = torch.tensor([[i for text in row for i in tokenizer(text)["input_ids"]]])
+        first = len(tokenizer(row[0])["input_ids"])
+        with torch.no_grad():
+            on = exact(ids).logits[0].log_softmax(-1)
+            with exact.disable_adapter():
+                off = exact(ids).logits[0].log_softmax(-1)
+        by_hand = (on - off)[:-1].gather(1, ids[0, 1:, None])[first - 1 :, 0].tolist()
+        assert scores.token_log_ratios == pytest.approx(by_hand, abs=1e-4)
+        assert max(map(abs, by_hand)) > 1e-2
+
+
+def test_a_qlora_runs_recipe_says_what_its_path_is_not(tmp_path):
+    leave_recipe(tmp_path, trainer="grpo", beta=0.5, load_in_4bit=True)
+    run = saved_run(str(tmp_path))
+    assert run is not None and "trained on a quantised model" in run.notes[0]
+
+
+def test_loading_is_quiet_and_leaves_bars_as_they_were(home, capfd):
+    """An adapter and its base, then two whole models: neither bars nor warnings of others."""
+    assert of_transformers.is_progress_bar_enabled()
+    GibbsScorer(home / "x", beta=1.0)
+    GibbsScorer(home / "full", home / "base", beta=1.0)
+    printed = capfd.readouterr()
+    assert (printed.out, printed.err) == ("", "")
+    assert of_transformers.is_progress_bar_enabled()
+    with pytest.raises(ConfigError):
+        GibbsScorer(home / "no", home / "base", beta=1.0)
+    assert of_transformers.is_progress_bar_enabled()
+
+
+def damage(folder: Path, file: str, content: bytes | dict[str, Any]) -> None:
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((folder / file).read_text()) | content).encode()
+    (folder / file).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "says"),
+    [
+        ("full", "config.json", b"null", "TypeError|not iterable"),
+        ("full", "config.json", {"num_attention_heads": 0}, "modulo by zero"),
+        ("full", "config.json", {"vocab_size": 9}, "ignore_mismatched_sizes"),
+        ("full", "config.json", {"hidden_size": "a"}, r"Validation error .*'hidden_size'"),
+        ("full", "model.safetensors", b"x" * 300, "deserializing header"),
+        ("x", "adapter_config.json", b"[]", "not a mapping"),
+        ("x", "adapter_config.json", {"rank_pattern": 3}, "no attribute 'keys'"),
+        ("x", "adapter_config.json", {"peft_type": "NEW"}, "KeyError 'NEW'"),
+        ("x", "adapter_config.json", {"r": 3}, r"loading state_dict .*size mismatch"),
+        ("x", "adapter_config.json", {"target_modules": ["a"]}, "not found in the base"),
+        ("full", "tokenizer.json", b"[]", "tokenizer .*cannot be opened"),
+        ("full", "tokenizer.json", {"model": {"type": "X"}}, "tokenizer .*did not match"),
+    ],
+)  # fmt: skip
+def test_damaged_files_are_named(home, tmp_path, name, file, content, says):
+    """Of each kind of error that the libraries raise; one line of them, and what to do."""
+    folder = copied(home, name, tmp_path / "damaged")
+    damage(folder, file, content)
+    with pytest.raises(ConfigError, match=says) as caught:
+        GibbsScorer(folder, home / "base", beta=1)
+    assert "cannot be opened" in str(caught.value)
+    assert "once more" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_weights_of_torchs_format_that_are_cut(home, tmp_path):
+    """One that is empty ends early; one of another format is no pickle."""
+    for number, content in enumerate((b"", b"half", b"version https://git-lfs.github.com/spec/v1")):
+        folder = copied(home, "full", tmp_path / str(number))
+        (folder / "model.safetensors").unlink()
+        (folder / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"The policy cannot be opened at .* Are the files"):
+            GibbsScorer(folder, home / "base", beta=1)

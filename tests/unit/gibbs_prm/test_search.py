@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from tests.tiny import save_byte_llama
+from tests.tiny import save_byte_llama, save_tiny_llama
 from trl_ext.errors import ConfigError, DataError, RunError
 from trl_ext.gibbs_prm import GibbsScorer
 from trl_ext.gibbs_prm.encoding import Encoded
@@ -565,3 +565,129 @@ def test_a_sampler_has_its_own_options(scorer, tokenizer):
     scorer.tokenizer = None
     with pytest.raises(ConfigError, match="The scorer has no tokenizer"):
         StepSearch(sampler, scorer)
+
+
+class Returning:
+    """A sampler that returns what a function of the number of prefixes and of ways gives."""
+
+    note = None
+
+    def __init__(self, returned: Any, length: Any = 6, end_ids: Any = frozenset([0])):
+        self.returned = returned
+        self.max_completion_length = length
+        self.end_ids = end_ids
+
+    def sample(self, prefixes, num_rollouts, *, prompt_lengths: Any = None, seed=0):
+        return self.returned(len(prefixes), num_rollouts)
+
+
+@pytest.mark.parametrize(
+    ("returned", "says"),
+    [
+        (lambda p, n: None, "a NoneType, None, for 2 prefixes"),
+        (lambda p, n: [[[5]] * n] * (p - 1), "for 2 prefixes"),
+        (lambda p, n: [[[5]] * n] * (p + 1), "for 2 prefixes"),
+        (lambda p, n: torch.ones(p, n, 2, dtype=torch.long), "a Tensor, .* for 2 prefixes"),
+        (lambda p, n: [[[5]] * (n - 1)] * p, r"a list, \[\[5\]\], for a prefix"),
+        (lambda p, n: [[[5]] * (n + 1)] * p, "for a prefix"),
+        (lambda p, n: [None] * p, "a NoneType, None, for a prefix"),
+        (lambda p, n: [[5, 6]] * p, "a int, 5, that is no list of token ids"),
+        (lambda p, n: [["ab"] * n] * p, "a str, 'ab', that is no list"),
+        (lambda p, n: [[[5.0]] * n] * p, r"a list, \[5\.0\], that is no list"),
+        (lambda p, n: [[[True]] * n] * p, r"a list, \[True\], that is no list"),
+        (lambda p, n: [[[-5]] * n] * p, r"a list, \[-5\], that is no list"),
+        (lambda p, n: [[torch.tensor([5])] * n] * p, r"a Tensor, tensor\(\[5\]\), that is no list"),
+        (lambda p, n: [[[]] * n] * p, "no token behind a prefix"),
+        (lambda p, n: [[[5] * 7] * n] * p, "7 tokens where 6 were left"),
+        (lambda p, n: [[[5, 0, 6]] * n] * p, r"a list, \[5, 0, 6\], that goes on behind an end"),
+    ],
+)
+def test_a_sampler_that_returns_something_else(scorer, returned, says):
+    search = StepSearch(Returning(returned), scorer, width=2, expand=2)
+    with pytest.raises(RunError, match=rf"The sampler Returning returned .*{says}") as caught:
+        search.search(["Q:", "Q"])
+    assert "of each of the 2 prefixes, 2 lists of token ids" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"length": 0}, "max_completion_length of Returning is 0; it must be a whole number"),
+        ({"length": None}, "max_completion_length of Returning is None"),
+        ({"length": True}, "max_completion_length of Returning is True"),
+        ({"end_ids": [0]}, r"end_ids of Returning is \[0\]; it must be a set"),
+        ({"end_ids": None}, "end_ids of Returning is None"),
+    ],
+)
+def test_a_sampler_whose_settings_are_none(scorer, options, says):
+    with pytest.raises(ConfigError, match=says):
+        StepSearch(Returning(lambda p, n: [[[0]] * n] * p, **options), scorer)
+
+
+@pytest.mark.parametrize("kind", ["model", "sampler", "own sampler"])
+def test_a_generator_of_other_tokens_is_refused(scorer, tmp_path, kind):
+    """Of six letters, before anything is sampled: its ids would be read as other texts."""
+    other = AutoModelForCausalLM.from_pretrained(save_tiny_llama(tmp_path))
+    own: Any = Returning(lambda p, n: [[[0]] * n] * p)
+    own.tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    generators = {
+        "model": other,
+        "sampler": GenerateSampler(other, max_completion_length=4),
+        "own sampler": own,
+    }
+    options: dict[str, Any] = {"max_completion_length": 4} if kind == "model" else {}
+    with pytest.raises(ConfigError, match="'the generator' and 'the scorer' have different voca"):
+        StepSearch(generators[kind], scorer, **options)
+
+
+def test_a_model_of_another_family_may_guide(models, tokenizer):
+    """A GPT-2 of the same tokens as policy; the score is what `score` says of the text."""
+    torch.manual_seed(0)
+    size: dict[str, Any] = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **size))
+    with torch.no_grad():
+        gpt.lm_head.weight.mul_(20)
+    scorer = GibbsScorer(gpt, models[1], tokenizer, BETA)
+    [found] = StepSearch("reference", scorer, max_completion_length=6).search(["Q"])
+    [again] = scorer.score(["Q"], [""], "newline", completion_ids=[found.ids])
+    assert found.ranked[0].score == pytest.approx(again.score, abs=1e-4)
+
+
+def test_the_shortest_search(scorer):
+    """A prompt of one token, and completions of one token: one round, and at most four tokens."""
+    [found] = StepSearch("reference", scorer, max_completion_length=1).search(["Q"])
+    assert [len(ids) for ids in found.completion_ids] == [1] * len(found.ranked)
+    assert found.cost.tokens_generated == 4
+    assert StepSearch("reference", scorer, max_completion_length=1).search([]) == []
+
+
+def test_steps_that_never_end_are_cut(scorer):
+    """Every 3 tokens, up to the length of a completion; each cut is noted."""
+    rule = {"regex": "no such text"}
+    search = StepSearch(
+        "reference", scorer, width=1, expand=1, steps=rule, max_step_tokens=3,
+        max_completion_length=7, seed=1,
+    )  # fmt: skip
+    [found] = search.search(["Q:"])
+    cuts = [note for note in found.ranked[0].notes if "had no end within 3 tokens" in note]
+    assert len(found.ids) <= 7 and len(cuts) == (len(found.ids) - 1) // 3
+
+
+@pytest.mark.parametrize("prompts", [None, 5, {"role": "user", "content": "a"}])
+def test_prompts_that_are_no_list(scorer, prompts):
+    with pytest.raises(ConfigError, match=r"prompts is a .* it must be a list of texts"):
+        StepSearch("reference", scorer, max_completion_length=1).search(prompts)
+
+
+@pytest.mark.parametrize("ids", [5, "ab", ["a"], [-1], [True], [1.0], None])
+def test_stop_tokens_that_are_none(scorer, ids):
+    with pytest.raises(ConfigError, match=r"stop_token_ids is .*; it must be a list of token ids"):
+        StepSearch("reference", scorer, max_completion_length=1, stop_token_ids=ids)
+    with pytest.raises(ConfigError, match="stop_token_ids is"):
+        GenerateSampler(scorer.reference, max_completion_length=1, stop_token_ids=ids)
+
+
+@pytest.mark.parametrize("strings", [None, 5, [5]])
+def test_stop_strings_that_are_none(scorer, strings):
+    with pytest.raises(ConfigError, match=r"stop_strings is .*; it must be a list of texts"):
+        StepSearch("reference", scorer, max_completion_length=1, stop_strings=strings)

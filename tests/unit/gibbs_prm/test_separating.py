@@ -33,3 +33,9 @@ def test_nothing_to_separate():
     ):
         with pytest.raises(DataError, match=says):
             separation(scores, correct, prompts)
+
+
+def test_texts_are_no_labels():
+    """bool("wrong") is True."""
+    with pytest.raises(DataError, match=r"correct holds 'right'; .*'right' and 'wrong' are texts"):
+        separation([1.0, 2.0], ["right", "wrong"], ["p", "p"])  # pyright: ignore[reportArgumentType]
