@@ -4,6 +4,7 @@ import gc
 import os
 import random
 import sys
+import tempfile
 
 # Before anything imports torch or transformers, which read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +14,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hypothesis
 import pytest
+
+# evaluate copies modules of metrics and spills columns: not into the user's cache, and not where
+# another worker does. Gone with this process.
+_OF_METRICS = tempfile.TemporaryDirectory(prefix="metrics-of-tests-")
+for _name in ("HF_MODULES_CACHE", "HF_METRICS_CACHE"):
+    os.environ[_name] = os.path.join(_OF_METRICS.name, _name)
 
 # The same examples on every machine and no time limit on one: a busy machine is no failure.
 hypothesis.settings.register_profile("trl_ext", deadline=None, derandomize=True)

@@ -27,13 +27,22 @@ class Registry:
         group: entry-point group that adds names from outside.
         builtin: name -> "package.module:object".
         must_be: what a plugin must export, for error messages.
+        families: prefix -> "package.module:object" of every name `prefix:…`.
     """
 
-    def __init__(self, kind: str, group: str, builtin: Mapping[str, str], must_be: str):
+    def __init__(
+        self,
+        kind: str,
+        group: str,
+        builtin: Mapping[str, str],
+        must_be: str,
+        families: Mapping[str, str] | None = None,
+    ):
         self.kind = kind
         self.group = group
         self.must_be = must_be
         self._builtin = dict(builtin)
+        self._families = dict(families or {})
 
     @cached_property
     def _targets(self) -> dict[str, str]:
@@ -62,6 +71,8 @@ class Registry:
         if name in self._targets:
             return self._targets[name]
         module, colon, attribute = name.partition(":")
+        if attribute and module in self._families:
+            return self._families[module]
         if colon and _is_dotted(module) and _is_dotted(attribute):
             return name
         close = difflib.get_close_matches(name, self.names(), n=1)
@@ -113,9 +124,11 @@ TRAINERS = Registry(
     {
         "dpo": "trl.trainer.dpo_trainer:DPOTrainer",
         "grpo": "trl_ext.grpo.trainer:GRPOTrainer",
+        "offline_rwr": "trl_ext.rwr.offline:OfflineRWRTrainer",
         "poe_distillation": "trl_ext.poe.distillation:PoEDistillationTrainer",
         "ppo": "trl_ext.ppo.trainer:PPOTrainer",
         "reinforce": "trl_ext.reinforce.trainer:ReinforceTrainer",
+        "reward": "trl_ext.reward_model.trainer:RewardTrainer",
         "rwr": "trl_ext.rwr.trainer:RWRTrainer",
         "sft": "trl.trainer.sft_trainer:SFTTrainer",
     },
@@ -127,6 +140,10 @@ REWARDS = Registry(
     {
         "reasoning_gym": "trl_ext.rewards.reasoning_gym:reasoning_gym",
         "exact_match": "trl_ext.rewards.exact_match:exact_match",
+        "json_schema": "trl_ext.rewards.verifiable:json_schema",
+        "math_verify": "trl_ext.rewards.verifiable:MathVerify",
+        "regex_match": "trl_ext.rewards.verifiable:regex_match",
+        "reward_ensemble": "trl_ext.rewards.ensemble:RewardEnsemble",
         "vader": "trl_ext.rewards.vader:vader",
         "log_ratio": "trl_ext.poe.rewards:log_ratio",
         "minus_reference": "trl_ext.poe.rewards:minus_reference",
@@ -134,9 +151,12 @@ REWARDS = Registry(
         "accuracy_reward": "trl.rewards:accuracy_reward",
         "reasoning_accuracy_reward": "trl.rewards:reasoning_accuracy_reward",
         "think_format_reward": "trl.rewards:think_format_reward",
+        "get_cosine_scaled_reward": "trl.rewards:get_cosine_scaled_reward",
+        "get_repetition_penalty_reward": "trl.rewards:get_repetition_penalty_reward",
         "get_soft_overlong_punishment": "trl.rewards:get_soft_overlong_punishment",
     },
     "a function (prompts, completions, **columns) -> one number a completion, or a factory of one",
+    {"evaluate": "trl_ext.rewards.metric:MetricReward"},
 )
 KL_ESTIMATORS = Registry(
     "KL estimator",

@@ -17,6 +17,7 @@ from trl_ext.functional.calibration import (
     reliability,
     success_probability,
 )
+from trl_ext.functional.ensemble import ensemble_score, ensemble_spread
 from trl_ext.functional.experts import (
     entropy,
     entropy_weights,
@@ -25,11 +26,13 @@ from trl_ext.functional.experts import (
     weighted_scores,
 )
 from trl_ext.functional.gibbs import (
+    clip_weights,
     effective_sample_size,
     gibbs_weights,
     log_mean_exp,
     optimism,
     prefix_log_ratio,
+    target_log_weights,
     weight_entropy,
 )
 from trl_ext.functional.kl import exact_forward_kl, exact_kl, k1, k2, k3, topk_kl
@@ -39,6 +42,12 @@ from trl_ext.functional.monte_carlo import (
     standard_error_is_believed,
 )
 from trl_ext.functional.policy_loss import clipped_surrogate, value_loss, weighted_nll
+from trl_ext.functional.preference_loss import (
+    centering_loss,
+    pairwise_loss,
+    plackett_luce_loss,
+    preference_margins,
+)
 from trl_ext.functional.ranking import (
     kendall_tau_b,
     mean_ranks,
@@ -57,8 +66,12 @@ __all__ = [
     "baseline",
     "best_of_n_accuracy",
     "brier",
+    "centering_loss",
+    "clip_weights",
     "clipped_surrogate",
     "effective_sample_size",
+    "ensemble_score",
+    "ensemble_spread",
     "entropy",
     "entropy_weights",
     "exact_forward_kl",
@@ -83,7 +96,10 @@ __all__ = [
     "off_policy_credit",
     "optimism",
     "pairwise_differences",
+    "pairwise_loss",
+    "plackett_luce_loss",
     "plausible",
+    "preference_margins",
     "prefix_log_ratio",
     "probability_greater",
     "product_of_experts",
@@ -93,6 +109,7 @@ __all__ = [
     "spearman",
     "standard_error_is_believed",
     "success_probability",
+    "target_log_weights",
     "topk_kl",
     "value_loss",
     "weight_entropy",

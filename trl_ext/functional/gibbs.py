@@ -80,6 +80,56 @@ def log_mean_exp(
     )
 
 
+def target_log_weights(rewards: Tensor, log_ratios: Tensor, beta: float) -> Tensor:
+    """r/β + log π_ref/π: log weights of π* ∝ π_ref·exp(r/β) on samples of another policy π.
+
+    log π*/π up to log Z, by Equation E4. At β = inf what is left is π_ref/π, by which samples of π
+    serve supervised fine-tuning on those of π_ref: the weights P_data/π of Equation E12.
+
+    Args:
+        rewards: (…), any floating dtype.
+        log_ratios: (…) log π_ref(y|x) − log π(y|x) of whole completions, nats.
+        beta: KL coefficient, 0 < β ≤ inf, in reward units.
+
+    Returns:
+        Nats, as the arguments, float32 (float64 for float64 input): rewards for `gibbs_weights`
+        with β = 1.
+
+    Raises:
+        ValueError: if β is not positive.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta must be positive, got {beta}: at 0 no policy is the target.")
+    return at_least_float32(rewards) / beta + at_least_float32(log_ratios)
+
+
+def clip_weights(
+    weights: Tensor, limit: float, *, dim: int = -1, mask: Tensor | None = None
+) -> Tensor:
+    """min(w, limit/G): no sample weighs more than `limit` times what it would in a uniform group.
+
+    Source: Ionides (2008), "Truncated importance sampling". It trades variance for bias: what is
+    cut off is lost, the weights sum to less than 1.
+
+    Args:
+        weights: (…, G, …), non-negative, summing to 1 over `dim`.
+        limit: 1 or more; inf cuts nothing.
+        dim: the group axis.
+        mask: same shape, 1 or True = keep; G counts what is kept.
+
+    Returns:
+        Weights, same shape and dtype; masked entries as they are.
+
+    Raises:
+        ValueError: if the limit is below 1.
+    """
+    if not limit >= 1:
+        raise ValueError(f"limit must be at least 1 (uniform weights), got {limit}.")
+    keep = torch.ones_like(weights, dtype=torch.bool) if mask is None else mask.bool()
+    highest = limit / keep.sum(dim, keepdim=True).clamp(min=1)
+    return torch.minimum(weights, highest.to(weights.dtype)).where(keep, weights)
+
+
 def effective_sample_size(weights: Tensor, *, dim: int = -1) -> Tensor:
     """1/Σ w²: how many equally weighted samples carry as much information.
 

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from trl_ext.gibbs_prm.choosing import Choice, answers_of, choose
     from trl_ext.gibbs_prm.curves import accuracy_curve
     from trl_ext.gibbs_prm.files import Row, read_rows
-    from trl_ext.gibbs_prm.metrics import load_metric
     from trl_ext.gibbs_prm.monte_carlo import MonteCarloScorer
     from trl_ext.gibbs_prm.page import write_page
     from trl_ext.gibbs_prm.ranking import agreement, rank_prefixes
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from trl_ext.gibbs_prm.separating import separation
     from trl_ext.gibbs_prm.streaming import score_rows
     from trl_ext.gibbs_prm.to_file import score_to_file
+    from trl_ext.metrics import load_metric
 
 _HOMES = {
     "Choice": "choosing",

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from trl_ext.errors import ConfigError, DataError
 from trl_ext.functional import gibbs_weights
-from trl_ext.gibbs_prm.metrics.agreement import check_numbers
 from trl_ext.gibbs_prm.ranking import rank_prefixes
 from trl_ext.gibbs_prm.scored import MonteCarloScores, PrefixScores
+from trl_ext.metrics.agreement import check_numbers
 from trl_ext.rewards.reading import NUMBER, completion_text, lenient_answer
 
 By = Literal["best", "majority", "weighted_majority"]

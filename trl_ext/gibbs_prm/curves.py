@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trl_ext.errors import ConfigError, DataError
 from trl_ext.functional.selection import best_of_n_accuracy, majority_accuracy
-from trl_ext.gibbs_prm.metrics.agreement import means_and_intervals
+from trl_ext.metrics.agreement import means_and_intervals
 
 _NONE = -1  # the number of no answer
 

@@ -15,14 +15,14 @@ import torch
 
 from trl_ext.errors import ConfigError, DataError
 from trl_ext.functional.calibration import success_probability
-from trl_ext.gibbs_prm.metrics.processbench import (
+from trl_ext.gibbs_prm.scored import MonteCarloScores, PrefixScores
+from trl_ext.metrics.processbench import (
     FirstErrorScores,
     check_steps,
     count_classes,
     f1,
     scores_of_hits,
 )
-from trl_ext.gibbs_prm.scored import MonteCarloScores, PrefixScores
 
 __all__ = ["FirstErrorScores", "StepValue", "Threshold", "f1", "predict", "step_values", "tune"]
 

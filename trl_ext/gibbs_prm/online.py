@@ -14,11 +14,16 @@ from trl.trainer.utils import disable_dropout_in_model
 from trl_ext.errors import ConfigError, RewardError, RunError
 from trl_ext.gibbs_prm.online_files import read_learner, write_learner
 from trl_ext.gibbs_prm.process_models import is_sharded, open_learner, open_reference
-from trl_ext.models.adapter import Causal, inner_model, reading, wrapped_model
+from trl_ext.models.adapter import (
+    Causal,
+    inner_model,
+    keep_nf4_gradients_on_cpu,
+    reading,
+    wrapped_model,
+)
 from trl_ext.models.log_probs import TokenIds, batch_log_probs, check_rows
 from trl_ext.models.twin import place_below, place_of
 from trl_ext.rollout import Rollout
-from trl_ext.trl_adapter import keep_nf4_gradients_on_cpu
 from trl_ext.vocabulary_kl import Head
 
 # Reward units per nat, as PRIME has it.

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from trl_ext.errors import ConfigError, DataError
 from trl_ext.functional.ranking import mean_ranks, pairwise_differences, probability_greater
-from trl_ext.gibbs_prm.metrics.agreement import (
+from trl_ext.gibbs_prm.scored import MonteCarloScores, PrefixScores
+from trl_ext.metrics.agreement import (
     Agreement,
     check_numbers,
     rows_by_name,
     score_agreement,
 )
-from trl_ext.gibbs_prm.scored import MonteCarloScores, PrefixScores
 
 Level = Literal["prefix", "completion"]
 

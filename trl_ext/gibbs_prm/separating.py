@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from trl_ext.errors import DataError
-from trl_ext.gibbs_prm.metrics.agreement import (
+from trl_ext.gibbs_prm.row_values import as_texts
+from trl_ext.metrics.agreement import (
     check_numbers,
     means_and_intervals,
     rows_by_name,
 )
-from trl_ext.gibbs_prm.row_values import as_texts
 
 
 @dataclass(frozen=True)

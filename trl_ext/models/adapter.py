@@ -42,7 +42,7 @@ def device_of(model: Causal) -> torch.device:
     return torch.device(wrapped_model(model).device)
 
 
-def keep_nf4_gradients(model: torch.nn.Module) -> None:
+def keep_nf4_gradients_on_cpu(model: torch.nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for AVX512-BF16 CPUs.
 
     It does so in the first forward pass in evaluation mode, and the kernel that it uses from then
@@ -57,7 +57,7 @@ def keep_nf4_gradients(model: torch.nn.Module) -> None:
 def reading(model: Causal) -> Iterator[None]:
     """The model in evaluation mode, with the adapter that is meant; afterwards as it was."""
     wrapped = wrapped_model(model)
-    keep_nf4_gradients(wrapped)
+    keep_nf4_gradients_on_cpu(wrapped)
     training = [module for module in wrapped.modules() if module.training]
     # peft makes the adapter that it activates trainable.
     frozen = [p for p in wrapped.parameters() if not p.requires_grad]

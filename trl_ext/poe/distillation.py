@@ -13,6 +13,7 @@ from trl.trainer.utils import RepeatSampler
 
 from trl_ext.bundled import resolve_model
 from trl_ext.errors import ConfigError, DataError
+from trl_ext.models.adapter import keep_nf4_gradients_on_cpu
 from trl_ext.models.vocabulary import check_vocabularies
 from trl_ext.poe.checks import device_of, model_of, tokenizer_of
 from trl_ext.poe.distillation_config import PoEDistillationConfig
@@ -21,7 +22,6 @@ from trl_ext.poe.loading import load_product
 from trl_ext.poe.product import ProductOfExperts
 from trl_ext.poe.teacher import ProductTeacher
 from trl_ext.tasks.columns import check_datasets
-from trl_ext.trl_adapter import keep_nf4_gradients_on_cpu
 
 __all__ = ["PoEDistillationConfig", "PoEDistillationTrainer"]
 

@@ -1,6 +1,7 @@
 """Reward models as reward functions: one number a completion, or one a token."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,15 +11,25 @@ from transformers import PreTrainedModel
 
 from trl_ext.bundled import resolve_model
 from trl_ext.errors import ConfigError, RewardError
-from trl_ext.models.loading import open_tokenizer
+from trl_ext.functional.ensemble import Combine
+from trl_ext.models.loading import is_adapter, open_tokenizer
 from trl_ext.models.vocabulary import check_vocabularies
+from trl_ext.poe.adapter_ensemble import AdapterEnsemble, open_adapters
 from trl_ext.poe.opening import tokenised_prompts
 from trl_ext.poe.over_tokens import TokenIds, check_takes_tokens, checked_size
 from trl_ext.poe.scoring import batches, padded
 from trl_ext.rewards.returned import cut
 
 
-def reward_model(model: Any, *, tokenizer: Any = None, batch_size: int = 8) -> "RewardModel":
+def reward_model(
+    model: Any = None,
+    *,
+    tokenizer: Any = None,
+    batch_size: int = 8,
+    adapters: Sequence[str] | None = None,
+    combine: Combine = "mean",
+    penalty: float = 1.0,
+) -> "RewardModel | AdapterEnsemble":
     """A reward function out of a classification model with one label.
 
     A model for sequence classification gives one number a completion, of the text as `trl` hands it
@@ -27,14 +38,29 @@ def reward_model(model: Any, *, tokenizer: Any = None, batch_size: int = 8) -> "
     tokenizer must be the policy's.
 
     Args:
-        model: a model, or a path, hub id or `bundled:` name of one.
+        model: a model, or a path, hub id or `bundled:` name of one or of an adapter with its head.
+            With `adapters` their base, which None takes from them.
         tokenizer: name or object, in place of the one beside the model.
         batch_size: completions scored at a time.
+        adapters: paths of adapters for sequence classification, each with a head of its own: an
+            ensemble on one base, which is in memory once (`AdapterEnsemble`).
+        combine, penalty: how their scores become one, as in `ensemble_score`.
 
     Raises:
         ConfigError: if there is no such model, or it has several labels or no trained head.
     """
     checked_size(batch_size)
+    if adapters is not None:
+        opened, path = open_adapters(model, adapters, combine, penalty)
+        read = tokenizer if tokenizer is not None else path
+        read = open_tokenizer(read) if isinstance(read, str) else read
+        inner = SequenceModel(opened, read, batch_size, name="reward_model", is_own=True)
+        return AdapterEnsemble(inner, combine, penalty)
+    if (combine, penalty) != ("mean", 1.0):
+        raise ConfigError(
+            f"reward_model: combine is {combine!r} and penalty {penalty!r}, and there is one model "
+            "to combine. Give adapters, or take reward_ensemble."
+        )
     is_own = isinstance(model, str)
     if not is_own and not isinstance(model, PreTrainedModel | PeftModel):
         raise ConfigError(
@@ -61,6 +87,8 @@ def _opened(name: str, path: str) -> Any:
         AutoModelForTokenClassification,
     )
 
+    if is_adapter(path):
+        return open_adapters(None, [path], "mean", 1.0)[0]
     try:
         config = AutoConfig.from_pretrained(path)
         of_tokens = any("TokenClassification" in a for a in config.architectures or [])

@@ -5,23 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trl_ext.errors import MissingDependencyError
 from trl_ext.poe.sweep import Mean, Point, perplexity_of
-
-
-def check_plotting() -> None:
-    """Whether pictures can be drawn.
-
-    Raises:
-        MissingDependencyError: if not.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            "--plot draws with matplotlib, which is not installed: pip install matplotlib"
-        ) from error
-
 
 # From this ratio of the largest perplexity to the smallest on, its axis is logarithmic.
 _WIDE = 10

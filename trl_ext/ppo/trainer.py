@@ -12,11 +12,12 @@ from transformers import TrainerCallback
 from trl_ext.errors import ConfigError, RunError
 from trl_ext.functional import clipped_surrogate, gae, k3, masked_moments, masked_sum, value_loss
 from trl_ext.kl_penalty import KLController
+from trl_ext.models.adapter import keep_nf4_gradients_on_cpu
 from trl_ext.policy_config import PolicyConfig
 from trl_ext.ppo.beginning import make_critic
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.rollout import MicroBatch, Rollout, whole
-from trl_ext.trl_adapter import PolicyTrainer, keep_nf4_gradients_on_cpu
+from trl_ext.trl_adapter import PolicyTrainer
 
 # Keeps advantages that are all alike from being blown up to deviation 1.
 _LEAST_DEVIATION = 1e-8

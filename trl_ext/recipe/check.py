@@ -222,18 +222,22 @@ def check_rewards(
     values: dict[str, Any], entries: Entries, findings: list[Finding]
 ) -> dict[str, Any]:
     """The values, TRL's spelling `package.module.object` of a reward turned into ours."""
-    if not values.get("reward_funcs"):
-        return values
-    rewards = [_named_reward(reward) for reward in values["reward_funcs"]]
-    for reward in rewards:
-        name = reward.get("name") if isinstance(reward, dict) else reward
-        try:
-            if not isinstance(name, str):
-                raise UnknownNameError(f"The reward {show_value(reward)} has no name. Give `name`.")
-            REWARDS.resolve(name)
-        except UnknownNameError as error:
-            findings.append(Finding(entries["reward_funcs"].origin, "reward_funcs", str(error)))
-    return values | {"reward_funcs": rewards}
+    for key in ("reward_funcs", "gold_reward_funcs"):
+        if values.get(key):
+            values = values | {key: [_named_reward(reward) for reward in values[key]]}
+            problems = filter(None, map(_unknown_reward, _with_members(values[key])))
+            findings += [Finding(entries[key].origin, key, problem) for problem in problems]
+    return values
+
+
+def _unknown_reward(reward: Any) -> str | None:
+    name = reward.get("name") if isinstance(reward, dict) else reward
+    if not isinstance(name, str):
+        return f"The reward {show_value(reward)} has no name. Give `name`."
+    try:
+        REWARDS.resolve(name)
+    except UnknownNameError as error:
+        return str(error)
 
 
 def check_takes_rewards(
@@ -271,10 +275,23 @@ def check_reward_count(
         findings.append(Finding(entries["reward_weights"].origin, "reward_weights", message))
 
 
-def _named_reward(reward: str | dict[str, Any]) -> str | dict[str, Any]:
+def _with_members(rewards: list[Any]) -> list[Any]:
+    """The rewards, and after each its own members, those of an ensemble."""
+    found = []
+    for reward in rewards:
+        members = reward.get("members") if isinstance(reward, dict) else None
+        found += [reward, *_with_members(members if isinstance(members, list) else [])]
+    return found
+
+
+def _named_reward(reward: Any) -> Any:
     if isinstance(reward, dict):
-        name = reward.get("name")
-        return {**reward, "name": _named_reward(name)} if isinstance(name, str) else reward
+        name, members = reward.get("name"), reward.get("members")
+        named = {"name": _named_reward(name)} if isinstance(name, str) else {}
+        inner = {"members": [*map(_named_reward, members)]} if isinstance(members, list) else {}
+        return {**reward, **named, **inner}
+    if not isinstance(reward, str):
+        return reward
     module, dot, attribute = reward.rpartition(".")
     is_dotted = dot and ":" not in reward and reward not in REWARDS.names() and "/" not in reward
     return f"{module}:{attribute}" if is_dotted else reward

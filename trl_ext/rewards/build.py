@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args, get_origin
 
-from trl_ext.errors import RewardError, TrlExtError
+from trl_ext.errors import ConfigError, RewardError, TrlExtError
 from trl_ext.registry import REWARDS
 from trl_ext.rewards.guard import FAILURES, raised
+from trl_ext.rewards.isolated import OPTIONS, IsolatedReward
 
 Entry = str | Mapping[str, Any]
 
@@ -15,11 +16,17 @@ Entry = str | Mapping[str, Any]
 def build_rewards(entries: Sequence[Entry]) -> list[Callable[..., Any]]:
     """One callable an entry, in order.
 
-    An entry is a name that the registry knows, `package.module:object`, or a mapping with `name`
-    and arguments. What the name stands for is a reward function if it takes `completions`, and
-    gets the arguments with each call; otherwise it is a factory, and is called with them here.
+    An entry is a name that the registry knows, `evaluate:NAME`, `package.module:object`, or a
+    mapping with `name` and arguments. What the name stands for is a reward function if it takes
+    `completions`, and gets the arguments with each call; otherwise it is a factory, and is called
+    with them here.
+
+    `isolated: true` among the arguments runs either in a process of its own, with `timeout` seconds
+    a completion and `failure_reward` for one that breaks it (`IsolatedReward`). A reward with an
+    attribute `isolated` that is true runs so unless the entry says `isolated: false`.
 
     Raises:
+        ConfigError: if an option of isolation is wrong.
         RewardError: if an entry is neither, the arguments do not fit, or a factory raises; with
             the signature. A factory's own `TrlExtError` is raised as it is.
         UnknownNameError: if nothing has that name.
@@ -30,7 +37,11 @@ def build_rewards(entries: Sequence[Entry]) -> list[Callable[..., Any]]:
 
 def _build(entry: Entry) -> Callable[..., Any]:
     name, arguments = _read(entry)
+    if _is_isolated(name, arguments):
+        options = {key: arguments.pop(key) for key in OPTIONS if key in arguments}
+        return IsolatedReward({"name": name, **arguments}, **options)
     loaded = REWARDS.load(name)
+    arguments = _with_metric(name, arguments)
     if not callable(loaded):
         raise RewardError(
             f"The reward {name!r} is a {type(loaded).__name__}, not a function; {_must_be()}."
@@ -57,6 +68,27 @@ def _read(entry: Entry) -> tuple[str, dict[str, Any]]:
             "Write `- exact_match` or `- {name: reasoning_gym, reader: lenient}`."
         )
     return entry["name"], {key: value for key, value in entry.items() if key != "name"}
+
+
+def _with_metric(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `evaluate:NAME`, which says the metric itself."""
+    if not name.startswith("evaluate:"):
+        return arguments
+    if "metric" in arguments:
+        raise RewardError(f"The reward {name!r} has a metric already. Remove the argument metric.")
+    return {"metric": name.removeprefix("evaluate:"), **arguments}
+
+
+def _is_isolated(name: str, arguments: dict[str, Any]) -> bool:
+    """Whether it runs in a process of its own. What says so itself is not imported here."""
+    if "isolated" not in arguments:
+        return getattr(REWARDS.load(name), "isolated", False) is True
+    isolated = arguments.pop("isolated")
+    if not isinstance(isolated, bool):
+        raise ConfigError(
+            f"The reward {name!r}: isolated is {isolated!r}; it must be true or false."
+        )
+    return isolated
 
 
 def _with_arguments(

@@ -54,7 +54,7 @@ def guarded(reward_func: Any, name: str, timeout: float | None = None) -> Any:
     if isinstance(reward_func, str | torch.nn.Module):
         return reward_func
     _check_reward(reward_func, name, timeout)
-    wrap = _guarded_async if _is_async(reward_func) else _guarded_sync
+    wrap = _guarded_async if is_async(reward_func) else _guarded_sync
     checked = Checked(name)
     wrapper = wrap(reward_func, name, timeout, checked)
     wrapper.checked = checked
@@ -89,19 +89,21 @@ def _check_reward(reward_func: Any, name: str, timeout: Any) -> None:
             "It must be a function (prompts, completions, **columns) -> one number a completion, "
             "a model (torch.nn.Module) or a model's name; several go into a list."
         )
-    if timeout is not None and not _is_timeout(timeout):
+    if timeout is not None and not is_timeout(timeout):
         raise ConfigError(
             f"The time limit of the reward {name!r} is {timeout!r}; it must be > 0 and at most "
             f"{LONGEST_TIMEOUT:g} seconds, or None for no limit."
         )
 
 
-def _is_timeout(timeout: Any) -> bool:
+def is_timeout(timeout: Any) -> bool:
+    """Whether this is a number of seconds that a call may be limited to."""
     is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
     return is_number and 0 < timeout <= LONGEST_TIMEOUT
 
 
-def _is_async(function: Any) -> bool:
+def is_async(function: Any) -> bool:
+    """Whether a call gives something to await."""
     while isinstance(function, functools.partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
@@ -122,17 +124,17 @@ def _guarded_sync(
         except RewardError:
             raise
         except FAILURES as failure:
-            raise _explained(name, failure, find(prompts, completions, columns)) from failure
+            raise explained(name, raised(failure), find(prompts, completions, columns)) from failure
         return checked(values, prompts, completions, columns.get("completion_ids"))
 
     def find(prompts: list, completions: list, columns: dict[str, Any]) -> str:
         try:
             with deadline(name, len(completions), timeout):
-                for index, sample in enumerate(_samples(prompts, completions, columns)):
+                for index, sample in enumerate(samples(prompts, completions, columns)):
                     try:
                         reward_func(**sample)
                     except FAILURES:
-                        return _culprit(index, prompts, completions)
+                        return culprit(index, prompts, completions)
         except RewardError:
             return NOT_FOUND
         return NO_CULPRIT
@@ -140,7 +142,7 @@ def _guarded_sync(
     def slowest(prompts: list, completions: list, columns: dict[str, Any]) -> str:
         starts = [time.monotonic()]
         with contextlib.suppress(*FAILURES), deadline(name, len(completions), timeout):
-            for sample in _samples(prompts, completions, columns):
+            for sample in samples(prompts, completions, columns):
                 reward_func(**sample)
                 starts.append(time.monotonic())
         return _slowest(starts, prompts, completions)
@@ -176,17 +178,18 @@ def _guarded_async(
         except RewardError:
             raise
         except FAILURES as failure:
-            raise _explained(name, failure, await find(prompts, completions, columns)) from failure
+            where = await find(prompts, completions, columns)
+            raise explained(name, raised(failure), where) from failure
         return checked(values, prompts, completions, columns.get("completion_ids"))
 
     async def find(prompts: list, completions: list, columns: dict[str, Any]) -> str:
         try:
             async with async_deadline(name, len(completions), timeout):
-                for index, sample in enumerate(_samples(prompts, completions, columns)):
+                for index, sample in enumerate(samples(prompts, completions, columns)):
                     try:
                         await reward_func(**sample)
                     except FAILURES:
-                        return _culprit(index, prompts, completions)
+                        return culprit(index, prompts, completions)
         except RewardError:
             return NOT_FOUND
         return NO_CULPRIT
@@ -195,7 +198,7 @@ def _guarded_async(
         starts = [time.monotonic()]
         with contextlib.suppress(*FAILURES):
             async with async_deadline(name, len(completions), timeout):
-                for sample in _samples(prompts, completions, columns):
+                for sample in samples(prompts, completions, columns):
                     await reward_func(**sample)
                     starts.append(time.monotonic())
         return _slowest(starts, prompts, completions)
@@ -203,7 +206,7 @@ def _guarded_async(
     return reward
 
 
-def _samples(prompts: list, completions: list, columns: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def samples(prompts: list, completions: list, columns: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The arguments of a call for each completion alone."""
     size = len(completions)
     rows = {"prompts": prompts, "completions": completions, **columns}
@@ -219,8 +222,9 @@ def _samples(prompts: list, completions: list, columns: dict[str, Any]) -> Itera
         }
 
 
-def _explained(name: str, failure: BaseException, where: str) -> RewardError:
-    return RewardError(f"The reward {name!r} raised {raised(failure)}. {where}")
+def explained(name: str, what: str, where: str) -> RewardError:
+    """The error of a reward that raised `what`; `where` says which sample it was."""
+    return RewardError(f"The reward {name!r} raised {what}. {where}")
 
 
 def raised(failure: BaseException) -> str:
@@ -235,7 +239,8 @@ def raised(failure: BaseException) -> str:
     return f"{type(failure).__name__}: {message}".rstrip(".")
 
 
-def _culprit(index: int, prompts: list, completions: list) -> str:
+def culprit(index: int, prompts: list, completions: list) -> str:
+    """Which sample a reward raised at, and what to do."""
     return (
         f"{shown(index, prompts, completions)} A policy may write anything: let the reward return "
         "a number for it, or None where it does not apply."

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from trl_ext.errors import ConfigError, DataError
-from trl_ext.gibbs_prm.metrics.agreement import score_agreement
 from trl_ext.gibbs_prm.ranking import Label, agreement, rank_prefixes
 from trl_ext.gibbs_prm.scored import MonteCarloScores, PrefixScores
+from trl_ext.metrics.agreement import score_agreement
 
 
 def scored(

@@ -1,7 +1,7 @@
 """Metrics for Hugging Face `evaluate`, from local files: nothing is fetched from a hub.
 
-`load_metric("best_of_n")` is `evaluate.load` of the file's path; both have `compute`, `add_batch`
-and the rest. A column holds numbers and no None: leave out an entry without a score.
+`load_metric("preference")` is `evaluate.load` of the file's path; both have `compute`, `add_batch`
+and the rest. A column holds no None: leave out an entry without a value.
 """
 
 import difflib
@@ -10,7 +10,15 @@ from typing import Any
 
 from trl_ext.errors import UnknownNameError
 
-METRICS = ("best_of_n", "calibration", "first_error", "rank_agreement")
+METRICS = (
+    "best_of_n",
+    "calibration",
+    "chrf",
+    "first_error",
+    "preference",
+    "rank_agreement",
+    "rouge",
+)
 
 
 def metric_path(name: str) -> Path:

@@ -9,7 +9,7 @@ import torch
 
 from trl_ext.errors import DataError
 from trl_ext.functional.calibration import Binning, brier, expected_calibration_error, reliability
-from trl_ext.gibbs_prm.metrics.columns import CheckedColumns
+from trl_ext.metrics.columns import CheckedColumns
 
 _INPUTS = """
 Args:

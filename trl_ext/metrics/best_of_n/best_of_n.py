@@ -9,8 +9,8 @@ import torch
 
 from trl_ext.errors import DataError
 from trl_ext.functional.selection import best_of_n_accuracy
-from trl_ext.gibbs_prm.metrics.agreement import rows_by_name
-from trl_ext.gibbs_prm.metrics.columns import CheckedColumns
+from trl_ext.metrics.agreement import rows_by_name
+from trl_ext.metrics.columns import CheckedColumns
 
 _INPUTS = """
 Args:

@@ -8,8 +8,8 @@ import dataclasses
 import datasets
 import evaluate
 
-from trl_ext.gibbs_prm.metrics.columns import CheckedColumns
-from trl_ext.gibbs_prm.metrics.processbench import f1
+from trl_ext.metrics.columns import CheckedColumns
+from trl_ext.metrics.processbench import f1
 
 _INPUTS = """
 Args:

@@ -8,8 +8,8 @@ import dataclasses
 import datasets
 import evaluate
 
-from trl_ext.gibbs_prm.metrics.agreement import score_agreement
-from trl_ext.gibbs_prm.metrics.columns import CheckedColumns
+from trl_ext.metrics.agreement import score_agreement
+from trl_ext.metrics.columns import CheckedColumns
 
 _INPUTS = """
 Args:
