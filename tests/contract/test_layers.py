@@ -1,4 +1,4 @@
-"""Imports go downward only, and only trl_adapter.py names TRL's private members.
+"""Imports go downward only, and only the adapters (trl_*adapter.py) name TRL's private members.
 
 Both are read off the syntax tree, so that an import inside a function counts as well.
 """
@@ -22,30 +22,33 @@ ALGORITHMS = ("rwr", "grpo", "reinforce", "ppo", "trpo", "poe", "gibbs_prm", "re
 # on one floor do not import each other. `report` is below `launch`, which ends a run by printing.
 FLOORS = (
     ("functional",),
-    ("errors", "kl_rules"),
+    ("errors", "kl_rules", "watch_options"),
     ("registry",),
     ("kl_penalty",),
     ("oracle",),
     ("kl_table",),
-    ("tasks",),
+    ("tasks", "metrics"),
     ("bundled",),
     ("rewards",),
     ("vocabulary_kl",),
     ("models",),
     ("policy_config", "rollout"),
-    ("kl_term",),
-    ("trl_adapter",),
+    ("kl_term", "watch"),
+    ("trl_adapter", "trl_sft_adapter", "trl_reward_adapter"),
     ALGORITHMS,
     ("oracle_check",),
     ("recipe",),
     ("plan",),
     ("environment",),
+    ("doctor",),
     ("record",),
     ("resume",),
     ("report",),
     ("callbacks",),
     ("build",),
     ("launch",),
+    ("collect",),
+    ("iterate",),
     ("cli",),
     ("__main__",),
 )
@@ -54,7 +57,7 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # The floors that stay light: what they may import besides the standard library.
 THIRD_PARTY = {"functional": {"torch"}, "errors": set(), "kl_rules": set(), "registry": set()}
 
-ADAPTER = "trl_ext.trl_adapter"
+ADAPTERS = ("trl_ext.trl_adapter", "trl_ext.trl_sft_adapter", "trl_ext.trl_reward_adapter")
 
 
 def import_violations(module: str, source: str) -> list[str]:
@@ -106,10 +109,10 @@ def _imports(module: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 def private_violations(module: str, source: str, private: frozenset[str]) -> list[str]:
     """One line for each method definition or attribute in `source` whose name is in `private`."""
-    if module == ADAPTER:
+    if module in ADAPTERS:
         return []
     return [
-        f"{module}:{line}: only {ADAPTER} names TRL's {name}"
+        f"{module}:{line}: only an adapter, such as {ADAPTERS[0]}, names TRL's {name}"
         for line, name in _members(ast.parse(source))
         if name in private
     ]
@@ -135,11 +138,13 @@ def _members(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 @cache
 def trl_private_names() -> frozenset[str]:
-    """Underscore methods and attributes of GRPOTrainer and its bases, read off their source."""
+    """Underscore members of the trainers that adapters build on, read off their source."""
     names = {
         name
         for distribution, path, class_name in [
             ("trl", "trainer/grpo_trainer.py", "GRPOTrainer"),
+            ("trl", "trainer/reward_trainer.py", "RewardTrainer"),
+            ("trl", "trainer/sft_trainer.py", "SFTTrainer"),
             ("trl", "trainer/base_trainer.py", "_BaseTrainer"),
             ("transformers", "trainer.py", "Trainer"),
         ]
@@ -177,7 +182,7 @@ def test_imports_go_downward():
     assert not found, "\n".join(found)
 
 
-def test_only_the_adapter_names_trl_privates():
+def test_only_the_adapters_name_trl_privates():
     private = trl_private_names()
     found = [line for name, text in _modules() for line in private_violations(name, text, private)]
     assert not found, "\n".join(found)
@@ -216,7 +221,8 @@ def test_import_violations(module, source, says):
         ("trl_ext.launch", "getattr(trainer, '_metrics')", "TRL's _metrics"),
         ("trl_ext.launch", "def _compute_loss(): ...", ""),
         ("trl_ext.launch", "self._own_helper()", ""),
-        (ADAPTER, "self._compute_loss(x)", ""),
+        ("trl_ext.rwr.offline", "self._prepare_dataset(x)", "TRL's _prepare_dataset"),
+        *((adapter, "self._compute_loss(x)", "") for adapter in ADAPTERS),
     ],
 )
 def test_private_violations(module, source, says):
@@ -228,4 +234,5 @@ def _matches(violations: list[str], says: str) -> bool:
 
 
 def test_trl_private_names_are_found():
-    assert {"_compute_loss", "_calculate_rewards", "_metrics", "_save"} <= trl_private_names()
+    known = {"_compute_loss", "_calculate_rewards", "_metrics", "_save", "_prepare_dataset"}
+    assert known <= trl_private_names()

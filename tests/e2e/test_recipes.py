@@ -33,9 +33,11 @@ def tiny(name, byte_llama, tmp_path) -> list[str]:
         "gradient_accumulation_steps=1",
     ]
     if trainer in LOGGED:
-        file = tmp_path / "logged.jsonl"
-        file.write_text(f"{json.dumps(LOGGED[trainer])}\n" * 8)
-        settings.append(f"dataset_name={file}")
+        for split in ("train", "test"):
+            file = tmp_path / "logged" / f"{split}.jsonl"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(f"{json.dumps(LOGGED[trainer])}\n" * 8)
+        settings.append(f"dataset_name={tmp_path / 'logged'}")
     elif trainer != "sft":
         settings.append("max_completion_length=4")
     if "dataset_kwargs" in values:
