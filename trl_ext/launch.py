@@ -26,9 +26,10 @@ from trl_ext.record import (
     is_last_step,
     last_checkpoint,
 )
-from trl_ext.report import before_after_table, held_out_gains
+from trl_ext.report import before_after_table, hacking_table, held_out_gains
 from trl_ext.resume import check_same_run
 from trl_ext.trl_adapter import end_training, load_checkpoint
+from trl_ext.watch import watch_of
 
 
 def train(recipe: Recipe, *, resume: bool | str = False, overwrite: bool = False) -> None:
@@ -44,24 +45,48 @@ def train(recipe: Recipe, *, resume: bool | str = False, overwrite: bool = False
         TrlExtError: if the recipe's parts do not fit together, a reward fails, or a checkpoint
             cannot be written; the message says what is left to resume from.
     """
-    _silence_what_no_user_can_mend()
+    silence_what_no_user_can_mend()
     output_dir = Path(recipe.values["output_dir"]).expanduser()
     record = RunRecord(output_dir, writes=is_first_process())
     record.check_free(resume=bool(resume), overwrite=overwrite)
-    _check_kept(recipe, output_dir, overwrite)
+    check_kept(recipe, output_dir, overwrite)
     checkpoint = checkpoint_to_resume(output_dir, resume)
     if checkpoint:
         check_same_run(recipe, checkpoint)
     elif resume:
         print(f"{output_dir} has no checkpoint: starting from the beginning.", file=sys.stderr)
+    train_in(record, recipe, checkpoint, overwrite=overwrite)
+
+
+def train_in(
+    record: RunRecord,
+    recipe: Recipe,
+    checkpoint: Path | None,
+    *,
+    overwrite: bool = False,
+    ends: bool = True,
+) -> None:
+    """Train what a recipe says, in the folder of a record that is known to be free for it.
+
+    Args:
+        record: where the result goes.
+        recipe: from `read_recipe`.
+        checkpoint: go on from there; None: from the beginning.
+        overwrite: replace what is there.
+        ends: False if these processes go on to something else: then they stay connected, and
+            nothing is printed about how to use the result.
+
+    Raises:
+        TrlExtError: as `train`.
+    """
     with record.begun(overwrite=overwrite):
         trainer = build_trainer(recipe, resumed=checkpoint is not None)
         record.forget_after(int(checkpoint.name.split("-")[1]) if checkpoint else -1)
         record.describe(recipe.to_yaml())
-    _train_recorded(trainer, record, checkpoint)
+    _train_recorded(trainer, record, checkpoint, ends=ends)
 
 
-def _check_kept(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
+def check_kept(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
     """Refuse to replace a run with one that is made from it.
 
     Raises:
@@ -71,7 +96,7 @@ def _check_kept(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
     if not overwrite:
         return
     keys = ("model_name_or_path", "dataset_name", "reward_model_name_or_path")
-    keys += ("process_reward", "process_reference", "experts", "reward_funcs")
+    keys += ("process_reward", "process_reference", "experts", "reward_funcs", "gold_reward_funcs")
     used = {key: recipe.values.get(key) for key in keys}
     for key, value in _texts_in(used):
         path = Path(value).expanduser()
@@ -92,7 +117,7 @@ def _texts_in(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _texts_in(part, f"{key}.{name}" if key else str(name))
 
 
-def _silence_what_no_user_can_mend() -> None:
+def silence_what_no_user_can_mend() -> None:
     """TRL's own use of names that transformers renames, and of pinned memory without a device."""
     for message in (
         ".*gradient_checkpointing.* is deprecated",
@@ -101,7 +126,9 @@ def _silence_what_no_user_can_mend() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _train_recorded(trainer: Trainer, record: RunRecord, checkpoint: Path | None) -> None:
+def _train_recorded(
+    trainer: Trainer, record: RunRecord, checkpoint: Path | None, *, ends: bool
+) -> None:
     interrupt, progress = StopOnInterrupt(), ShortProgress()
     trainer.add_callback(RecordMetrics(record, trainer))
     trainer.add_callback(StopOnDivergence())
@@ -119,7 +146,7 @@ def _train_recorded(trainer: Trainer, record: RunRecord, checkpoint: Path | None
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if interrupt.interrupted:
             raise KeyboardInterrupt
-        _finish(trainer, record)
+        _finish(trainer, record, ends=ends)
     except KeyboardInterrupt:
         print(f"Stopped at step {trainer.state.global_step}. {_left(record)}", file=sys.stderr)
         raise
@@ -170,7 +197,7 @@ def _left(record: RunRecord) -> str:
     return f"The newest complete checkpoint is {newest}; go on from it with: {command}"
 
 
-def _finish(trainer: Trainer, record: RunRecord) -> None:
+def _finish(trainer: Trainer, record: RunRecord, *, ends: bool) -> None:
     if trainer.eval_dataset is not None and not _is_evaluated(trainer):
         trainer.evaluate()
     try:
@@ -180,11 +207,22 @@ def _finish(trainer: Trainer, record: RunRecord) -> None:
         raise RunError(_saving_failed(trainer, record, error)) from error
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
+    if not ends:
+        trainer.accelerator.wait_for_everyone()  # the first one writes
+        return
     if record.writes:
         gains = held_out_gains(record)
         if gains:
             print(f"\n{before_after_table(gains)}\n")
+        if watched := hacking_table(record):
+            print(f"{watched}\n")
         print(_how_to_use(trainer, record.output_dir), flush=True)
+        watch = watch_of(trainer)
+        if watch is not None and watch.stopped:
+            print(
+                f"The reward-hacking watch stopped training, {watch.stopped}. {_left(record)}",
+                file=sys.stderr,
+            )
     end_training(trainer)
 
 

@@ -17,8 +17,9 @@ from trl_ext.kl_rules import (
     beta_of_alpha,
     kl_findings,
 )
-from trl_ext.registry import KL_ESTIMATORS
+from trl_ext.registry import KL_ESTIMATORS, REWARDS
 from trl_ext.rewards.guard import LONGEST_TIMEOUT
+from trl_ext.watch_options import config_findings
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,16 @@ class PolicyConfig(TRLGRPOConfig):
         process_gamma: discount of the process reward, a token.
         process_learning_rate: train the scorer, too, by the rewards of each rollout, which must lie
             between 0 and 1 (`trl_ext.gibbs_prm.online`). None: it stays as it is.
+        gold_reward_funcs: rewards that training never sees, entries as in a recipe's reward_funcs,
+            measured on the held-out prompts of each evaluation (`trl_ext.watch`). Their sum counts.
+            None: no watch.
+        watch_every: steps between two rollouts that the watch measures.
+        watch_rollouts: score the gold reward on those rollouts, too.
+        watch_action: "warn" says it once when the gold reward falls while the trained one rises, or
+            a measure leaves its bounds; "stop" also ends training, with a checkpoint.
+        watch_drift: factor by which length, repetition or distinct n-grams may leave those before
+            training. None: any.
+        watch_kl_budget: KL to the policy before training, nats per completion. None: any.
     """
 
     stop_strings: list[str] | None = field(
@@ -179,6 +190,31 @@ class PolicyConfig(TRLGRPOConfig):
         default=None,
         metadata={"help": "Train the scorer by the outcomes, at this rate. None: it is frozen."},
     )
+    gold_reward_funcs: list[str | dict[str, Any]] | None = field(
+        default=None,
+        metadata={
+            "help": "Rewards that training never sees, measured on held-out prompts: entries as "
+            "in reward_funcs."
+        },
+    )
+    watch_every: int = field(
+        default=1, metadata={"help": "Steps between two rollouts that the watch measures."}
+    )
+    watch_rollouts: bool = field(
+        default=False, metadata={"help": "Score the gold reward on those rollouts, too."}
+    )
+    watch_action: Literal["warn", "stop"] = field(
+        default="warn",
+        metadata={"help": "What a sign of reward hacking does: warn once, or stop and save."},
+    )
+    watch_drift: float | None = field(
+        default=2.0,
+        metadata={"help": "Factor by which length and repetition may change. None: any."},
+    )
+    watch_kl_budget: float | None = field(
+        default=None,
+        metadata={"help": "KL to the policy before training, nats per completion. None: any."},
+    )
 
     # Inherited options without a meaning here: name -> reason. A literal, so that it can be read
     # without import.
@@ -241,7 +277,8 @@ class PolicyConfig(TRLGRPOConfig):
         everything = {name: getattr(self, name) for name in defaults}
         of_alpha = [f"  {n}: {why}" for n, why in alpha_findings(everything, self.all_refused())]
         of_process = self.process_findings(is_on=self.has_process_reward)
-        return refused + of_kl_wrong + of_alpha + of_process + self._bad_limits()
+        of_watch = self._watch_findings()
+        return refused + of_kl_wrong + of_alpha + of_process + of_watch + self._bad_limits()
 
     @property
     def has_process_reward(self) -> bool:
@@ -321,6 +358,30 @@ class PolicyConfig(TRLGRPOConfig):
                 f"{self.reward_weights!r}: the rewards are what the scorer learns, and all of them "
                 "are 0. Give one a weight, or remove process_learning_rate."
             )
+        return found
+
+    def _watch_findings(self) -> list[str]:
+        defaults = {option.name: option.default for option in fields(self)}
+        # transformers makes an enumeration of the text.
+        strategy = getattr(self.eval_strategy, "value", self.eval_strategy)
+        options = {name: getattr(self, name) for name in defaults} | {"eval_strategy": strategy}
+        wrong = [f"  {name}: {problem}" for name, problem in config_findings(options, defaults)]
+        return wrong + [f"  gold_reward_funcs: {why}" for why in self._unfit_gold()]
+
+    def _unfit_gold(self) -> list[str]:
+        found = []
+        for entry in self.gold_reward_funcs or []:
+            name = entry.get("name") if isinstance(entry, Mapping) else entry
+            if not isinstance(name, str):
+                found.append(
+                    f"{entry!r} is no name, nor a mapping with one. From Python a function is "
+                    "given as callbacks=[RewardHackingWatch(gold=...)]."
+                )
+                continue
+            try:
+                REWARDS.resolve(name)
+            except UnknownNameError as error:
+                found.append(str(error))
         return found
 
     def _of_kl(self, options: dict[str, Any]) -> list[tuple[str, str]]:

@@ -1,11 +1,13 @@
 """A run's record -> what its user sees at the end."""
 
+import json
 import math
 from collections.abc import Callable
 from statistics import fmean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from trl_ext.record import EVALUATIONS, RunRecord
+from trl_ext.watch import HACKING
 
 # Two-sided 95% of the normal distribution; with fewer prompts than this its interval is too narrow.
 _Z = 1.96
@@ -85,6 +87,49 @@ def before_after_table(gains: dict[str, Gain]) -> str:
     if any_gain.prompts < _FEW:
         lines.append(f"  Fewer than {_FEW} prompts: the interval is only a rough guide.")
     return "\n".join(lines)
+
+
+# What the table of the watch shows, and how.
+_WATCHED = {
+    "proxy_reward": "proxy reward (trained on)",
+    "gold_reward": "gold reward (held out)",
+    "kl": "KL to before, nats",
+    "length": "length, tokens",
+    "truncated": "share truncated",
+    "repetition": "repeated 3-grams",
+    "distinct_1": "distinct 1-grams",
+    "distinct_2": "distinct 2-grams",
+}
+
+
+def hacking_table(record: RunRecord) -> str:
+    """What the reward-hacking watch saw, for the terminal; empty if there was none."""
+    file = record.output_dir / HACKING
+    if not file.is_file():
+        return ""
+    seen = json.loads(file.read_text())
+    rows = seen["evaluations"]
+    best = next(row for row in rows if row["step"] == seen["best_step"])
+    shown = {"before": rows[0], "best gold": best, "last": rows[-1]}
+    lines = [
+        f"Reward-hacking watch, {seen['prompts']} held-out prompts, mean ± 95%",
+        f"  {'':26}" + "".join(f"{name:>18}" for name in shown),
+        f"  {'step':26}" + "".join(f"{row['step']:>18}" for row in shown.values()),
+    ]
+    lines += [
+        f"  {words:26}" + "".join(f"{_with_interval(row.get(name)):>18}" for row in shown.values())
+        for name, words in _WATCHED.items()
+    ]
+    lines += [f"  Alarm, {message}." for message in seen["alarms"].values()]
+    lines += [] if seen["alarms"] else ["  No alarm."]
+    return "\n".join([*lines, f"  The policy with the best gold reward is in {seen['best']}."])
+
+
+def _with_interval(mean: list[Any] | None) -> str:
+    if mean is None or mean[0] is None:
+        return "not measured"
+    value, error = mean
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {_Z * error:.3f}"
 
 
 def _gain(

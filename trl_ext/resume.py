@@ -28,7 +28,16 @@ _MAY_CHANGE = (
     "reward_timeout",
     "run_name",
 )
-_MAY_CHANGE_PREFIXES = ("dataloader_", "eval_", "hub_", "log_", "logging_", "save_", "machine_")
+_MAY_CHANGE_PREFIXES = (
+    "dataloader_",
+    "eval_",
+    "hub_",
+    "log_",
+    "logging_",
+    "save_",
+    "machine_",
+    "watch_",
+)
 
 
 def check_same_run(recipe: Recipe, checkpoint: Path) -> None:

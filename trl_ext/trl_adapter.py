@@ -17,15 +17,18 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerState
 from trl import GRPOTrainer as TRLGRPOTrainer
+from trl.trainer.utils import use_adapter
 
 from trl_ext.bundled import resolve_model
-from trl_ext.errors import ConfigError, RunError
-from trl_ext.functional import TokenAggregation, aggregate_tokens
+from trl_ext.errors import ConfigError, RewardError, RunError
+from trl_ext.functional import TokenAggregation, aggregate_tokens, k1, masked_sum
 from trl_ext.kl_term import KLTerm
+from trl_ext.models.adapter import keep_nf4_gradients_on_cpu
 from trl_ext.policy_config import PolicyConfig
 from trl_ext.registry import load_process_reward
 from trl_ext.rewards.columns import (
@@ -34,10 +37,11 @@ from trl_ext.rewards.columns import (
     show_policy,
     with_columns,
 )
-from trl_ext.rewards.guard import guarded_all
+from trl_ext.rewards.guard import guarded_all, is_async
 from trl_ext.rollout import MicroBatch, Rollout, generated, whole
 from trl_ext.tasks.columns import check_datasets, check_size
 from trl_ext.vocabulary_kl import hidden_states_of
+from trl_ext.watch import RewardHackingWatch
 
 # What TRL's rollouts carry for models that read images, and its log-probability method takes.
 _MULTIMODAL_INPUTS = (
@@ -85,6 +89,7 @@ class PolicyTrainer(TRLGRPOTrainer):
     # What to compute from the policy's hidden states (b, T+1, H) whenever it scores completions:
     # those that predict the tokens 0..T-1 and what would follow. Set before training, or None.
     read_hidden: Callable[[Tensor], Tensor] | None = None
+    _is_built = False
 
     def __init__(
         self,
@@ -103,6 +108,8 @@ class PolicyTrainer(TRLGRPOTrainer):
         self.process_reward = _process_reward(args, process_reward, model)
         if not trl_arguments.get("environment_factory"):
             check_datasets(train_dataset, eval_dataset)
+        watch = None if args.gold_reward_funcs is None else RewardHackingWatch.from_config(args)
+        self._given_rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         reward_funcs = guarded_all(reward_funcs, args.reward_timeout)
         self._asked_for = asked_of_trainer(reward_funcs or [])
         check_reference_can_be_had(
@@ -137,6 +144,7 @@ class PolicyTrainer(TRLGRPOTrainer):
         self._prompt_ids: list[list[int]] = []
         self._shown_ref_logps: Tensor | None = None
         self._rollout_is_spent = False
+        self._is_first_sample = True
         self._train_sampler: Any = None
         if isinstance(self.train_dataset, Dataset):
             assert args.generation_batch_size is not None and args.num_generations is not None
@@ -144,6 +152,11 @@ class PolicyTrainer(TRLGRPOTrainer):
         self.args.use_bias_correction_kl = args.kl_is_correction
         self._stop_at(args.stop_strings or [])
         keep_nf4_gradients_on_cpu(self.model)
+        self._begins_as_base = trl_arguments.get("peft_config") is not None
+        self._is_built = True
+        if watch is not None:
+            self.callback_handler.add_callback(watch)
+        self._begin_callbacks()
         self.set_up()
         if self.process_reward is not None:
             self.process_reward.set_up(self)
@@ -248,6 +261,138 @@ class PolicyTrainer(TRLGRPOTrainer):
         earned_by = positions.cummax(dim=1).values.clamp(min=0)
         return torch.zeros_like(dense).scatter_add(1, earned_by, dense)
 
+    def add_callback(self, callback: Any) -> None:
+        """As transformers; one that has a `begin` is shown this trainer.
+
+        A callback may also have `on_rollout` (completions of a rollout or an evaluation are scored;
+        with `rollout`), and `on_held_out_begin` and `on_held_out_end` (of an evaluation, not yet
+        logged; with its number of `prompts`); each is called as transformers' events are, with
+        `trainer`. What its `extra_state` gives, a checkpoint keeps for its `load_extra_state`.
+        """
+        super().add_callback(callback)
+        if self._is_built:
+            self._begin_callbacks()
+
+    def _begin_callbacks(self) -> None:
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "begin"):
+                callback.begin(self)
+
+    def _tell(self, event: str, **given: Any) -> None:
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, event):
+                getattr(callback, event)(self.args, self.state, self.control, trainer=self, **given)
+
+    @property
+    def completion_ids(self) -> list[list[int]]:
+        """Token ids of the completions of the rollout under way, those of this process."""
+        return self._to_score[3]
+
+    @property
+    def prompt_ids(self) -> list[list[int]]:
+        """Token ids of their prompts, one list a completion."""
+        return self._prompt_ids
+
+    def held_out_rewards(self, reward_funcs: list[Any]) -> list[Any]:
+        """Reward functions as `score_held_out` takes them.
+
+        Raises:
+            ConfigError: if one is trained on, or is not an ordinary function.
+        """
+        for reward_func in reward_funcs:
+            name = getattr(reward_func, "__name__", reward_func)
+            if any(reward_func is given for given in self._given_rewards):
+                raise ConfigError(
+                    f"The gold reward {name!r} is also trained on: it would measure nothing held "
+                    "out. Give one that training never sees, or remove it from reward_funcs."
+                )
+            if isinstance(reward_func, str | torch.nn.Module) or is_async(reward_func):
+                raise ConfigError(
+                    f"The gold reward {name!r} must be an ordinary function (prompts, completions, "
+                    "**columns) -> one number a completion: neither async nor a model. Wrap it."
+                )
+        guarded = guarded_all(reward_funcs, self.args.reward_timeout)
+        if "ref_per_token_logps" in asked_of_trainer(guarded):
+            raise ConfigError(
+                "A gold reward asks for ref_per_token_logps, which only rewards that are trained "
+                "on are given. Give another."
+            )
+        show_policy(guarded, self.model, self._tokenizer)
+        return guarded
+
+    def score_held_out(self, reward_funcs: list[Any]) -> Tensor:
+        """(P·G, n) what n `held_out_rewards` give the completions of the rollout under way.
+
+        Over all processes; NaN for not applicable. Nothing of it is logged or trained on.
+
+        Raises:
+            RewardError: if one fails.
+        """
+        inputs, *rest = self._to_score
+        if "prompt_ids" in asked_of_trainer(reward_funcs):
+            inputs = with_columns(inputs, {"prompt_ids": self._prompt_ids})
+        trained_on = self.reward_funcs, self.reward_func_names, self.reward_processing_classes
+        self.reward_funcs = reward_funcs
+        self.reward_func_names = [f"gold/{each.__name__}" for each in reward_funcs]
+        self.reward_processing_classes = [None] * len(reward_funcs)
+        try:
+            return super()._calculate_rewards(inputs, *rest)
+        except RewardError as error:
+            raise type(error)(f"A gold reward failed. {error}") from error
+        finally:
+            self.reward_funcs, self.reward_func_names, self.reward_processing_classes = trained_on
+            self._pending_extra_logs.clear()
+            self._pending_metrics.clear()
+
+    def log_ratio_to_reference(self, rollout: Rollout) -> Tensor | None:
+        """(P, G) log π/π_ref of each completion of the rollout under way, nats.
+
+        Its mean estimates KL(π‖π_ref) of completions without bias (Equation E28, k1).
+
+        Returns:
+            None where the policy before training is not at hand: there is no reference model and no
+            new adapter to switch off. NaN for completions whose tokens are masked.
+        """
+        reference = self._reference_logps(rollout.batch)
+        if reference is None:
+            return None
+        ratios = masked_sum(k1(self.sampler_logps(rollout), reference), rollout.mask)
+        return self.over_groups(ratios.masked_fill(~rollout.mask.any(dim=1), torch.nan), rollout)
+
+    def _reference_logps(self, batch: dict[str, Any]) -> Tensor | None:
+        if "ref_per_token_logps" in batch:
+            return batch["ref_per_token_logps"]
+        if self.ref_model is not None:
+            return self._logps_under(self.ref_model, batch)
+        if not self._begins_as_base:
+            return None
+        with use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=None):
+            return self._logps_under(self.model, batch)
+
+    def _logps_under(self, model: Any, batch: dict[str, Any]) -> Tensor:
+        """(B, T) nats, one pass without gradient."""
+        with torch.no_grad():
+            return self._get_per_token_logps_and_entropies(
+                model,
+                *whole(batch),
+                batch["completion_ids"].size(1),
+                batch_size=self.args.per_device_train_batch_size,
+                **{name: batch[name] for name in _MULTIMODAL_INPUTS if name in batch},
+            )[0]
+
+    def save_policy(self, folder: Path) -> None:
+        """Save the policy as `save_model`, and push it nowhere."""
+        self.save_model(str(folder), _internal_call=True)
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers, with the events that `add_callback` describes."""
+        self._tell("on_held_out_begin")
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        # Several processes fill up their last batch with the first prompts again.
+        sized = hasattr(getattr(dataloader, "dataset", None), "__len__")
+        self._tell("on_held_out_end", prompts=len(dataloader.dataset) if sized else None)
+        return output
+
     def evaluation_rewards(self) -> list[list[float | None]]:
         """Of the last evaluation: the rewards of each prompt's completions, in a fixed order.
 
@@ -266,6 +411,58 @@ class PolicyTrainer(TRLGRPOTrainer):
         # workers keep would go on drawing, and evaluations could not be paired by prompt.
         self.__dict__.pop("_eval_dataloaders", None)
         return super().evaluate(*args, **kwargs)
+
+    def sample_and_score(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """`num_generations_eval` completions of each prompt and their rewards; nothing is trained.
+
+        Log-probabilities are those at the sampling `temperature`, before top_p, top_k, min_p and a
+        repetition penalty.
+
+        Args:
+            rows: of this process, each with a `prompt`; as many of them on every process.
+
+        Returns:
+            A mapping a completion, those of the first row first: `completion` (text or messages),
+            `reward` (the weighted sum; None if no function scored it), `rewards` (one of each
+            function, or None), `prompt_ids`, `completion_ids`, `logp` (Σ_t log π, nats, under the
+            policy that sampled), `ref_logp` (the same under the reference) where one is loaded,
+            and `is_truncated`.
+
+        Raises:
+            ConfigError: if the completions hold what the policy did not write, as tools do.
+        """
+        if self._is_first_sample:
+            # As evaluation does: mixed precision is what this puts around the model.
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)
+            self._is_first_sample = False
+        self.model.eval()
+        rollout = self._rollout([dict(row) for row in rows for _ in range(self.group_size)])
+        if "tool_mask" in rollout.batch:
+            raise ConfigError(
+                "The completions hold answers of tools or of an environment, which are no samples "
+                "of the policy: they cannot be collected. Leave out tools, environment_factory and "
+                "rollout_func."
+            )
+        columns = self._sampled_columns(rollout)
+        self._forget_passes()
+        self._metrics["eval"].clear()
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def _sampled_columns(self, rollout: Rollout) -> dict[str, list[Any]]:
+        assert self._rewards_per_func is not None
+        _, _, texts, ids = self._to_score
+        ends = [*self.eos_token_ids, self._tokenizer.pad_token_id]
+        columns = {
+            "completion": texts,
+            "reward": _with_none(rollout.local(rollout.rewards_PG)),
+            "rewards": [_with_none(row) for row in self._rewards_per_func[rollout.local_rows]],
+            "prompt_ids": self._prompt_ids,
+            "completion_ids": ids,
+            "logp": _sums(self.sampler_logps(rollout), rollout.mask),
+        }
+        if "ref_per_token_logps" in rollout.batch:
+            columns["ref_logp"] = _sums(rollout.batch["ref_per_token_logps"], rollout.mask)
+        return columns | {"is_truncated": [row[-1] not in ends for row in ids]}
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """As TRL, but a loss of our own is not evaluated: on fresh samples it measures nothing.
@@ -298,14 +495,7 @@ class PolicyTrainer(TRLGRPOTrainer):
         for logps, readout in self._scored:
             if logps is known:
                 return logps, readout
-        with torch.no_grad():
-            self._sampled, _, _ = self._get_per_token_logps_and_entropies(
-                self.model,
-                *whole(batch),
-                batch["completion_ids"].size(1),
-                batch_size=self.args.per_device_train_batch_size,
-                **{name: batch[name] for name in _MULTIMODAL_INPUTS if name in batch},
-            )
+        self._sampled = self._logps_under(self.model, batch)
         return self._scored[-1]
 
     def _generate(self, prompts):
@@ -314,6 +504,7 @@ class PolicyTrainer(TRLGRPOTrainer):
         return result
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self._to_score = inputs, prompts, completions, completion_ids_list
         inputs = with_columns(inputs, self._offered_columns(completion_ids_list))
 
         def score_once() -> Tensor:
@@ -341,6 +532,22 @@ class PolicyTrainer(TRLGRPOTrainer):
         return columns
 
     def _generate_and_score_completions(self, inputs):
+        rollout = self._rollout(inputs)
+        batch = rollout.batch
+        batch["advantages"] = self.assign_credit(rollout)
+        if self.process_reward is not None and self.model.training:
+            batch["advantages"] = self.process_reward.added(batch["advantages"], rollout)
+        self._show_credit(batch["advantages"])
+        if not self.model.training:
+            self._evaluation_rewards.append(rollout.rewards_PG)
+        elif self.kl.enters("reward") and not self._replaces_loss:
+            batch["advantages"] = self.kl.minus_to_go(batch["advantages"], rollout)
+        self._tell("on_rollout", rollout=rollout)
+        self._forget_passes()
+        return batch
+
+    def _rollout(self, inputs) -> Rollout:
+        """Completions as TRL generates and scores them, before a hook gives them credit."""
         if self.model.training:
             completions = len(inputs) * self.accelerator.num_processes
             if self.kl.adapt(completions) and not self._replaces_loss:
@@ -355,17 +562,10 @@ class PolicyTrainer(TRLGRPOTrainer):
         assert not asked or self._shown_ref_logps is batch["ref_per_token_logps"]
         first = self.accelerator.process_index * len(inputs)
         local_rows = slice(first, first + len(inputs))
-        rollout = Rollout(self._summed_rewards().view(-1, self.group_size), batch, local_rows)
-        batch["advantages"] = self.assign_credit(rollout)
-        if self.process_reward is not None and self.model.training:
-            batch["advantages"] = self.process_reward.added(batch["advantages"], rollout)
-        self._show_credit(batch["advantages"])
-        if not self.model.training:
-            self._evaluation_rewards.append(rollout.rewards_PG)
-        elif self.kl.enters("reward") and not self._replaces_loss:
-            batch["advantages"] = self.kl.minus_to_go(batch["advantages"], rollout)
+        return Rollout(self._summed_rewards().view(-1, self.group_size), batch, local_rows)
+
+    def _forget_passes(self) -> None:
         self._scored, self._sampled, self._shown_ref_logps = [], None, None
-        return batch
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
@@ -449,6 +649,7 @@ class PolicyTrainer(TRLGRPOTrainer):
             "kl": self.kl.state(),
             "is_spent": self._rollout_is_spent,
             "extra": self.extra_state(),
+            "callbacks": {type(each).__name__: each.extra_state() for each in self._keeping()},
             "process_reward": self.process_reward and self.process_reward.state(),
         }
         torch.save(rollout, self._rollout_file(output_dir))
@@ -464,10 +665,7 @@ class PolicyTrainer(TRLGRPOTrainer):
                     "which says how far a rollout has been used and where beta is: it was not "
                     "written by this trainer on as many processes, or a file is lost."
                 )
-            # The second CPU process has the device "cpu:1", which torch.load does not know.
-            device = self.args.device if self.args.device.type != "cpu" else "cpu"
-            file = self._rollout_file(checkpoint)
-            rollout = torch.load(file, map_location=device, weights_only=True)
+            rollout = self._read_rollout(checkpoint)
             if rollout["num_processes"] != self.accelerator.num_processes:
                 raise RunError(
                     f"{checkpoint} was written by {rollout['num_processes']} processes and cannot "
@@ -484,6 +682,24 @@ class PolicyTrainer(TRLGRPOTrainer):
             if self.process_reward is not None:
                 self.process_reward.load_state(rollout["process_reward"])
 
+    def _read_rollout(self, checkpoint: str) -> dict[str, Any]:
+        # The second CPU process has the device "cpu:1", which torch.load does not know.
+        device = self.args.device if self.args.device.type != "cpu" else "cpu"
+        return torch.load(self._rollout_file(checkpoint), map_location=device, weights_only=True)
+
+    def _keeping(self) -> list[Any]:
+        """The callbacks of which a checkpoint keeps something."""
+        return [each for each in self.callback_handler.callbacks if hasattr(each, "extra_state")]
+
+    def restore_callbacks(self, checkpoint: Path) -> None:
+        """Load what a checkpoint keeps of the callbacks that have an `extra_state`."""
+        # A checkpoint without its file is refused once its rollout is read.
+        if os.path.isfile(self._rollout_file(str(checkpoint))):
+            kept = self._read_rollout(str(checkpoint)).get("callbacks", {})
+            for callback in self._keeping():
+                if type(callback).__name__ in kept:
+                    callback.load_extra_state(kept[type(callback).__name__])
+
     def restore_all(self, checkpoint: Path) -> None:
         """Load what `save_model` added to a checkpoint: a trainer's own, and a process reward."""
         self.restore(checkpoint)
@@ -499,10 +715,16 @@ class PolicyTrainer(TRLGRPOTrainer):
         self._train_sampler = super()._get_train_sampler(dataset)
         return self._train_sampler
 
-    def _init_training_state(self, *args, **kwargs):
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
         # TRL's sampler draws the order of each epoch from one generator: on resume, draw those of
         # the epochs that are over.
-        epochs_trained, steps_trained = super()._init_training_state(*args, **kwargs)
+        epochs_trained, steps_trained = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is not None:
+            self.restore_callbacks(Path(resume_from_checkpoint))
         if self._train_sampler is not None:
             for _ in range(epochs_trained):
                 next(iter(self._train_sampler), None)
@@ -666,6 +888,29 @@ def _process_reward(args: PolicyConfig, scorer: Any, model: Any) -> Any:
     return None
 
 
+def _with_none(rewards: Tensor) -> list[float | None]:
+    """Each number as the shortest text of its float32 reads; None for NaN."""
+    return [None if reward.isnan() else float(str(reward.numpy())) for reward in rewards.cpu()]
+
+
+def _sums(per_token: Tensor, mask: Tensor) -> list[float]:
+    return (per_token.double() * mask).sum(dim=1).tolist()
+
+
+def load_weights(trainer: Trainer, folder: Path) -> None:
+    """Put the weights that a run saved in `folder` in the place of the trainer's own.
+
+    Raises:
+        RunError: if there are none, or they do not fit.
+    """
+    try:
+        trainer._load_from_checkpoint(str(folder))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise RunError(
+            f"The weights in {folder} cannot be loaded: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
 def end_training(trainer: Trainer) -> None:
     """End a run of one process or several, after the last use of the trainer.
 
@@ -683,15 +928,5 @@ def load_checkpoint(trainer: Trainer, checkpoint: Path) -> None:
     trainer._load_from_checkpoint(str(checkpoint))
     if isinstance(trainer, PolicyTrainer):
         trainer.restore_all(checkpoint)
+        trainer.restore_callbacks(checkpoint)
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-
-
-def keep_nf4_gradients_on_cpu(model: torch.nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for AVX512-BF16 CPUs.
-
-    It does so in the first evaluation-mode forward pass, and the kernel that it then uses has no
-    gradient with respect to its input: adapters below would silently not train.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]

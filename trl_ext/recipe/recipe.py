@@ -34,6 +34,7 @@ from trl_ext.recipe.schema import (
 )
 from trl_ext.recipe.secrets import is_secret
 from trl_ext.recipe.shipped import find_recipe
+from trl_ext.recipe.watch import check_watch
 from trl_ext.recipe.yaml_reader import Entries, write_yaml
 
 # SFTConfig has a `dataset_kwargs` too, of which it reads this one entry; the rest is the builder's.
@@ -138,6 +139,7 @@ def _check(file: Path, entries: Entries, recipe: Origin, findings: list[Finding]
         check_alpha(refused_options(target), groups["config"], values, entries, findings)
         check_experts(groups["config"], values, entries, recipe, findings)
         check_process(groups["config"], values, entries, findings)
+        check_watch(groups["config"], values, entries, recipe, findings)
         check_group_size(entries, groups["config"], values, where, recipe, findings)
         check_eval_group_size(entries, groups["config"], values, where, recipe, findings)
     if findings:
