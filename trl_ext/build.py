@@ -3,15 +3,18 @@
 import importlib
 import inspect
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, Trainer
 from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config
 from trl import get_quantization_config as quantization_config_of
+from trl.trainer.utils import create_model_from_path
 
 from trl_ext.bundled import BUNDLED, PREFIX, resolve_model
 from trl_ext.errors import ConfigError, RunError, TrlExtError
+from trl_ext.models.loading import base_of, is_adapter
 from trl_ext.recipe import Recipe
 from trl_ext.registry import TRAINERS
 from trl_ext.rewards import build_rewards
@@ -28,9 +31,17 @@ def build_trainer(recipe: Recipe, *, resumed: bool = False) -> Trainer:
     Raises:
         TrlExtError: if the recipe's parts do not fit together, or one cannot be opened.
     """
-    parts = _parts(recipe, resumed=resumed)
+    return build_from(recipe, parts_of(recipe, resumed=resumed))
+
+
+def build_from(recipe: Recipe, parts: dict[str, Any]) -> Trainer:
+    """The trainer of a recipe from its `parts_of`, which it takes for itself.
+
+    Raises:
+        TrlExtError: if the parts do not fit together, or one cannot be opened.
+    """
     try:
-        return TRAINERS.load(recipe.trainer)(**parts)
+        return TRAINERS.load(recipe.trainer)(**_loaded(parts))
     except TrlExtError:
         raise
     except (ValueError, TypeError, AttributeError, ImportError, OSError, RuntimeError) as error:
@@ -41,12 +52,21 @@ def build_trainer(recipe: Recipe, *, resumed: bool = False) -> Trainer:
         ) from error
 
 
-def _parts(recipe: Recipe, *, resumed: bool) -> dict[str, Any]:
-    """The arguments of a recipe's trainer, each checked: nothing is loaded yet but the data."""
+def parts_of(recipe: Recipe, *, resumed: bool = False) -> dict[str, Any]:
+    """The arguments of a recipe's trainer, each checked: nothing is loaded yet but the data.
+
+    Args:
+        recipe: from `read_recipe`.
+        resumed: the evaluation before training has been made already.
+
+    Raises:
+        TrlExtError: if one of them is wrong.
+    """
     trainer_class = TRAINERS.load(recipe.trainer)
-    config = _config(recipe, trainer_class)
+    config = config_of(recipe)
     _check_processes(config)
     rewards = _reward_parts(recipe, trainer_class)
+    _check_gold(recipe)
     train_dataset, eval_dataset = _datasets(recipe, config)
     if resumed:
         config.eval_on_start = False  # "before training" was measured when the run began
@@ -57,19 +77,70 @@ def _parts(recipe: Recipe, *, resumed: bool) -> dict[str, Any]:
         model_config.lora_target_modules = targets
     config.model_init_kwargs = _model_init_kwargs(model_config, config)
     model = resolve_model(recipe.values["model_name_or_path"])
+    adapter = model if os.path.isdir(model) and is_adapter(model) else None
+    if adapter:
+        _check_same_adapter(recipe, adapter)
+        model = base_of("model_name_or_path", adapter)
     _check_model(model, model_config.model_revision, getattr(config, "trust_remote_code", False))
     return {
-        "model": model,
+        "model": OnAdapter(model, adapter) if adapter else model,
         "args": config,
         "train_dataset": train_dataset,
         "eval_dataset": eval_dataset,
         "quantization_config": quantization_config_of(model_config),
-        "peft_config": get_peft_config(model_config),
+        "peft_config": None if adapter else get_peft_config(model_config),
         **rewards,
     }
 
 
-def _config(recipe: Recipe, trainer_class: type[Trainer]) -> Any:
+class OnAdapter(NamedTuple):
+    """A model that is a folder with a LoRA adapter: its base is loaded, and the adapter trained."""
+
+    base: str
+    adapter: str
+
+
+def _check_same_adapter(recipe: Recipe, adapter: str) -> None:
+    """Whether the adapter that is trained on is of the size that the recipe asks for.
+
+    Raises:
+        ConfigError: if not: a recipe does not reshape an adapter.
+    """
+    has = PeftConfig.from_pretrained(adapter)
+    for key in ("lora_r", "lora_alpha"):
+        asked, found = recipe.values.get(key), getattr(has, key.replace("lora_r", "r"), None)
+        if recipe.values.get("use_peft") and asked is not None and asked != found:
+            raise ConfigError(
+                f"model_name_or_path: {adapter} is an adapter with {key} {found}, and the recipe "
+                f"asks for {key}: {asked}. The adapter is trained on as it is: set {key}={found}, "
+                "or remove it."
+            )
+
+
+def _loaded(parts: dict[str, Any]) -> dict[str, Any]:
+    """The parts with the base and its adapter in memory: TRL's trainers open no adapter."""
+    if not isinstance(parts["model"], OnAdapter):
+        return parts
+    base, adapter = parts["model"]
+    config = parts["args"]
+    kwargs = {"trust_remote_code": config.trust_remote_code, **config.model_init_kwargs}
+    if parts["quantization_config"] is not None:
+        kwargs["quantization_config"] = parts["quantization_config"]
+    if config.world_size > 1:
+        kwargs["device_map"] = None  # each process has the whole model
+    model = create_model_from_path(base, **kwargs)
+    config.model_init_kwargs = None
+    trained = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    return parts | {"model": trained, "quantization_config": None}
+
+
+def config_of(recipe: Recipe) -> Any:
+    """The config of a recipe's trainer.
+
+    Raises:
+        ConfigError: if its options do not go together.
+    """
+    trainer_class = TRAINERS.load(recipe.trainer)
     name = trainer_class.__name__.removesuffix("Trainer") + "Config"
     config_class = getattr(importlib.import_module(trainer_class.__module__), name)
     values = {"use_cpu": not torch.accelerator.is_available(), **recipe.groups["config"]}
@@ -84,6 +155,12 @@ def _config(recipe: Recipe, trainer_class: type[Trainer]) -> Any:
 
 def _check_processes(config: Any) -> None:
     """Several processes that do not know of each other would each train alone and overwrite."""
+    if config.n_gpu > 1:
+        raise RunError(
+            f"This process sees {config.n_gpu} devices, and transformers would copy the model onto "
+            f"each at every step. Give num_processes={config.n_gpu}, or let it see one: "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if config.world_size != started:
         raise RunError(
@@ -98,7 +175,8 @@ def _reward_parts(recipe: Recipe, trainer_class: type[Trainer]) -> dict[str, Any
     if script.get("reward_model_name_or_path"):
         reward_funcs.insert(0, script["reward_model_name_or_path"])
     takes_rewards = "reward_funcs" in inspect.signature(trainer_class).parameters
-    if takes_rewards and not reward_funcs:
+    is_optional = getattr(trainer_class, "rewards_are_optional", False)
+    if takes_rewards and not reward_funcs and not is_optional:
         raise ConfigError(
             f"trainer: {recipe.trainer} needs a reward. Set reward_funcs, such as "
             "reward_funcs: [reasoning_gym], or reward_model_name_or_path."
@@ -108,6 +186,17 @@ def _reward_parts(recipe: Recipe, trainer_class: type[Trainer]) -> dict[str, Any
             f"trainer: {recipe.trainer} takes no reward_funcs. Remove them, or use another trainer."
         )
     return {"reward_funcs": reward_funcs} if takes_rewards else {}
+
+
+def _check_gold(recipe: Recipe) -> None:
+    """Refuse a gold reward that is trained on."""
+    gold = recipe.groups["config"].get("gold_reward_funcs") or []
+    both = [entry for entry in gold if entry in (recipe.groups["script"].get("reward_funcs") or [])]
+    if both:
+        raise ConfigError(
+            f"{recipe.path}: gold_reward_funcs: {both[0]!r} is also in reward_funcs, and would "
+            "measure nothing held out. Name a reward that training never sees."
+        )
 
 
 def _datasets(recipe: Recipe, config: Any) -> tuple[Any, Any]:

@@ -25,14 +25,18 @@ _PACKAGES = (
 )
 
 
-def environment() -> dict[str, Any]:
-    """Name -> version or fact; None for what is not installed."""
+def environment(device: str | None = None) -> dict[str, Any]:
+    """Name -> version or fact; None for what is not installed.
+
+    Args:
+        device: what is known of the devices already; by default torch is asked.
+    """
     return {
         "trl_ext": __version__,
         **{package: _version(package) for package in _PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": _devices(),
+        "device": devices() if device is None else device,
         "git_commit": _git_commit(),
     }
 
@@ -44,7 +48,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _devices() -> str:
+def devices() -> str:
+    """The names of the accelerators, or CPU; imports torch."""
     if find_spec("torch") is None:
         return "unknown without torch"
     import torch

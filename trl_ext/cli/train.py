@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from trl_ext.cli.launcher import launch_command, wants_processes
+from trl_ext.cli.launcher import check_launched, launch_command, wants_processes
 from trl_ext.errors import ConfigError
 from trl_ext.recipe import read_recipe
 from trl_ext.recipe.secrets import hide_secrets
@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
         command = launch_command(recipe, _arguments(args))
         print("Launching:", " ".join(hide_secrets(command)), file=sys.stderr, flush=True)
         os.execv(command[0], command)
+    check_launched(recipe.launcher)
     # Said at import of a kernel that nothing here uses; it reads as if the installation had failed.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from trl_ext.launch import train

@@ -40,10 +40,16 @@ def check_launcher(
     return config | {key: value for key, value in launcher.items() if value is not None}
 
 
-def process_count(launcher: dict[str, Any]) -> int:
-    """How many processes will train: those that run now, those asked for, or one."""
+def process_count(launcher: dict[str, Any]) -> int | None:
+    """How many processes will train: those that run now, those asked for, or one.
+
+    None: as many as the machine has devices, which nobody has looked for.
+    """
     running = os.environ.get("WORLD_SIZE")
-    return int(running) if running else launcher.get("num_processes") or 1
+    if running:
+        return int(running)
+    by_device = bool(launcher.get("accelerate_config"))
+    return launcher.get("num_processes") or (None if by_device else 1)
 
 
 def check_group_size(
@@ -59,7 +65,10 @@ def check_group_size(
         return
     known = {key: values.get(key, fields[key].default) for key in _KEYS if key in fields}
     group = known.get("num_generations")
-    batch, how = _generation_batch(known, process_count(launcher))
+    processes = process_count(launcher)
+    if processes is None:
+        return
+    batch, how = _generation_batch(known, processes)
     if not isinstance(group, int) or batch is None or batch % group == 0:
         return
     near = " or ".join(str(size) for size in _nearest_divisors(batch, group))
@@ -89,7 +98,7 @@ def check_eval_group_size(
     if not (evaluates and isinstance(group, int) and isinstance(rows, int)):
         return
     processes = process_count(launcher)
-    if rows * processes % group:
+    if processes is not None and rows * processes % group:
         message = (
             f"an evaluation group of {group} (num_generations_eval, else num_generations) does not "
             f"divide the evaluation batch of {rows * processes} (per_device_eval_batch_size {rows} "

@@ -100,7 +100,11 @@ def find_extended(name: str, written_in: Path) -> Path | None:
 
 
 def accelerate_configs() -> dict[str, Path]:
-    """Name -> file of the Accelerate configs shipped by TRL and, over them, by trl_ext."""
+    """Name -> file of the Accelerate configs that TRL ships and that trl_ext ships.
+
+    Where both have a name (fsdp2, single_gpu, zero2, zero3) it is that of trl_ext's file, which
+    takes all GPUs of the machine and leaves precision to the recipe.
+    """
     spec = importlib.util.find_spec("trl")
     places = list(spec.submodule_search_locations or []) if spec else []
     folders = [Path(place, "accelerate_configs") for place in places]

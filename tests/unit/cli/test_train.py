@@ -179,7 +179,7 @@ def test_several_machines(monkeypatch):
     ("devices", "keys", "message"),
     [
         (1, {"num_processes": 2}, "this machine, which has 1 accelerator. Give num_processes=1"),
-        (2, {"accelerate_config": "zero2"}, "8 processes are asked for .* has 2 accelerators"),
+        (2, {"accelerate_config": "zero1"}, "8 processes are asked for .* has 2 accelerators"),
         (0, {"accelerate_config": "fsdp2"}, "asks for FSDP, and this machine has no accelerator"),
         (0, {"accelerate_config": "zero2", "num_processes": 1}, "asks for DEEPSPEED"),
         (0, {"num_processes": 3, "num_machines": 2}, "not a multiple of num_machines 2"),

@@ -246,9 +246,11 @@ def test_an_option_that_the_trainer_refuses(write):
             "24 (per_device_train_batch_size 2 × 3 processes × steps_per_generation 4)",
             "4 or 6",
         ),
-        # TRL's zero2 asks for 8 processes: 8 × 8 = 64.
-        ("num_generations: 24\naccelerate_config: zero2", "64 (", "16 or 32"),
-        ("num_generations: 32\naccelerate_config: zero2", None, None),
+        # TRL's zero1 asks for 8 processes: 8 × 8 = 64.
+        ("num_generations: 24\naccelerate_config: zero1", "64 (", "16 or 32"),
+        ("num_generations: 32\naccelerate_config: zero1", None, None),
+        # Ours for as many as there are devices.
+        ("num_generations: 24\naccelerate_config: zero2", None, None),
     ],
 )
 def test_a_group_divides_the_batch(write, monkeypatch, text, batch, near):
