@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from trl_ext.poe.distillation import PoEDistillationConfig, PoEDistillationTrainer
     from trl_ext.ppo import PPOConfig, PPOTrainer
     from trl_ext.reinforce import ReinforceConfig, ReinforceTrainer
-    from trl_ext.rwr import RWRConfig, RWRTrainer
+    from trl_ext.reward_model import RewardConfig, RewardTrainer
+    from trl_ext.rwr import OfflineRWRConfig, OfflineRWRTrainer, RWRConfig, RWRTrainer
+    from trl_ext.watch import RewardHackingWatch
 
 __version__ = "0.1.0.dev0"
 
@@ -19,6 +21,8 @@ __version__ = "0.1.0.dev0"
 _HOMES = {
     "GRPOConfig": "trl_ext.grpo",
     "GRPOTrainer": "trl_ext.grpo",
+    "OfflineRWRConfig": "trl_ext.rwr",
+    "OfflineRWRTrainer": "trl_ext.rwr",
     "PPOConfig": "trl_ext.ppo",
     "PPOTrainer": "trl_ext.ppo",
     "PoEDistillationConfig": "trl_ext.poe.distillation",
@@ -27,11 +31,16 @@ _HOMES = {
     "RWRTrainer": "trl_ext.rwr",
     "ReinforceConfig": "trl_ext.reinforce",
     "ReinforceTrainer": "trl_ext.reinforce",
+    "RewardConfig": "trl_ext.reward_model",
+    "RewardHackingWatch": "trl_ext.watch",
+    "RewardTrainer": "trl_ext.reward_model",
 }
 
 __all__ = [
     "GRPOConfig",
     "GRPOTrainer",
+    "OfflineRWRConfig",
+    "OfflineRWRTrainer",
     "PPOConfig",
     "PPOTrainer",
     "PoEDistillationConfig",
@@ -40,6 +49,9 @@ __all__ = [
     "RWRTrainer",
     "ReinforceConfig",
     "ReinforceTrainer",
+    "RewardConfig",
+    "RewardHackingWatch",
+    "RewardTrainer",
     "__version__",
 ]
 

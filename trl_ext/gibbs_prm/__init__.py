@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from trl_ext.gibbs_prm.separating import separation
     from trl_ext.gibbs_prm.streaming import score_rows
     from trl_ext.gibbs_prm.to_file import score_to_file
-    from trl_ext.metrics import load_metric
 
 _HOMES = {
     "Choice": "choosing",
@@ -43,7 +42,6 @@ _HOMES = {
     "agreement": "ranking",
     "answers_of": "choosing",
     "choose": "choosing",
-    "load_metric": "metrics",
     "rank_prefixes": "ranking",
     "read_rows": "files",
     "read_scored": "scored_file",
@@ -69,7 +67,6 @@ __all__ = [
     "agreement",
     "answers_of",
     "choose",
-    "load_metric",
     "rank_prefixes",
     "read_rows",
     "read_scored",

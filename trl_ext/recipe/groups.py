@@ -61,7 +61,8 @@ def check_group_size(
     findings: list[Finding],
 ) -> None:
     """Each generation batch holds whole groups of `num_generations` completions."""
-    if _is_any_wrong(_KEYS, findings):
+    samples_while_training = "steps_per_generation" in fields
+    if not samples_while_training or _is_any_wrong(_KEYS, findings):
         return
     known = {key: values.get(key, fields[key].default) for key in _KEYS if key in fields}
     group = known.get("num_generations")
@@ -89,7 +90,8 @@ def check_eval_group_size(
     findings: list[Finding],
 ) -> None:
     """Each evaluation batch holds whole groups; TRL looks only where eval_strategy is set."""
-    if _is_any_wrong((*_EVAL_KEYS, "num_processes"), findings):
+    samples_to_evaluate = "num_generations_eval" in fields
+    if not samples_to_evaluate or _is_any_wrong((*_EVAL_KEYS, "num_processes"), findings):
         return
     known = {key: values.get(key, fields[key].default) for key in _EVAL_KEYS if key in fields}
     evaluates = known.get("eval_on_start") or known.get("eval_strategy") not in (None, "no", False)

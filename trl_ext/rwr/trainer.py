@@ -13,6 +13,7 @@ from trl_ext.functional import (
     log_mean_exp,
     masked_sum,
     optimism,
+    target_log_weights,
     weight_entropy,
     weighted_nll,
 )
@@ -65,9 +66,8 @@ class RWRTrainer(PolicyTrainer):
     def assign_credit(self, rollout: Rollout) -> Tensor:
         scores, beta = rollout.rewards_PG, self.args.beta
         if self.args.reference == "fixed":
-            # exp(r/β)·π_ref/π is π*/π up to Z(x): importance weights of the target against the
-            # sampler.
-            scores, beta = scores / beta - self._sampler_log_ratio(rollout), 1.0
+            log_ratios = -self._sampler_log_ratio(rollout)
+            scores, beta = target_log_weights(scores, log_ratios, beta), 1.0
         # mask_truncated_completions empties masks: such a completion cannot carry weight.
         keep = (
             self.over_groups(rollout.batch["completion_mask"].any(dim=1), rollout) & ~scores.isnan()
