@@ -42,10 +42,6 @@ def run_sweep(args: argparse.Namespace, experts: Mapping[str, str]) -> int:
     check_file(args.output, "--output", args.force)
     check_file(args.plot, "--plot", args.force, ".png")
     check_two_files(args.output, args.plot)
-    if args.plot:
-        from trl_ext.poe.sweep_picture import check_plotting
-
-        check_plotting()
     metric = (args.metric, load_metric(args.metric)) if args.metric else None
     check_alphas(list(experts), name, alphas, args.plausibility)
     check_device(args.device)

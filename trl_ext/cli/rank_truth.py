@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from trl_ext.gibbs_prm.scored_row import ScoredRow
 
 
+# An interval by bootstrap over fewer prompts is too narrow.
+_FEW = 30
+
+
 def rows_in(name: str) -> "list[ScoredRow]":
     """The rows of a scored file."""
     from trl_ext.gibbs_prm.scored_file import read_scored
@@ -58,7 +62,7 @@ def of_draws(
 
     from trl_ext.gibbs_prm.curves import accuracy_curve
 
-    groups = [g for g in prompts.values() if all(row.label is not None for row in g)]
+    groups = _labelled(prompts)
     fewest = min(map(len, groups), default=0)
     if fewest < 2:
         if args.n is not None:
@@ -193,6 +197,28 @@ def of_another(
         markup=False,
     )
     return vars(found)
+
+
+def warn_of_few(
+    console: "Console", found: dict[str, Any], prompts: "dict[str, list[ScoredRow]]"
+) -> None:
+    """What the intervals are worth where the prompts that they are of are few."""
+    counts = {
+        "separation": found["separation"] and found["separation"]["num_prompts"],
+        "best of n": found["best_of_n"] and len(_labelled(prompts)),
+        "agreement": found["agreement"] and found["agreement"]["num_prompts"],
+    }
+    few = [f"{what} {count}" for what, count in counts.items() if count and count < _FEW]
+    if few:
+        console.print(
+            f"Fewer than {_FEW} prompts ({', '.join(few)}): the intervals are only a rough guide.",
+            markup=False,
+        )
+
+
+def _labelled(prompts: "dict[str, list[ScoredRow]]") -> "list[list[ScoredRow]]":
+    """Of each prompt whose completions all have a label, these."""
+    return [g for g in prompts.values() if all(row.label is not None for row in g)]
 
 
 def _plain(interval: tuple[float, float] | None) -> str:
