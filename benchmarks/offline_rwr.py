@@ -96,7 +96,7 @@ def rows_of(found: list[dict[str, list[float]]]) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=96, help="with 8 completions each")
     parser.add_argument("--epochs", type=int, default=1, help="of each fit over its completions")
     parser.add_argument("--seeds", type=int, default=3)

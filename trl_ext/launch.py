@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from transformers import ProgressCallback, Trainer
+from trl import RewardTrainer
 
 from trl_ext.build import build_trainer
 from trl_ext.callbacks import RecordMetrics, ShortProgress, StopOnDivergence, StopOnInterrupt
@@ -254,6 +255,10 @@ def _write_model_card(trainer: Trainer, record: RunRecord) -> None:
 def _how_to_use(trainer: Trainer, output_dir: Path) -> str:
     """Where the result lies, and a command that uses it, with a prompt as in training."""
     what = "LoRA adapter" if (output_dir / "adapter_config.json").is_file() else "model"
+    left = f"The {what} is in {output_dir}, with the recipe that made it."
+    if isinstance(trainer, RewardTrainer):
+        entry = f"{{name: reward_model, model: {output_dir}}}"
+        return f"{left} As a reward of another recipe:\n  reward_funcs: [{entry}]"
     dataset = trainer.eval_dataset or trainer.train_dataset
     prompt = next(iter(dataset)).get("prompt", "Your prompt")  # pyright: ignore
     tokens = getattr(trainer.args, "max_completion_length", 20)
@@ -264,6 +269,6 @@ def _how_to_use(trainer: Trainer, output_dir: Path) -> str:
         f'print(model({json.dumps(prompt)}, max_new_tokens={tokens})[0]["generated_text"])'
     )
     return (
-        f"The {what} is in {output_dir}, with the recipe that made it. Try it on one of its "
-        f"prompts:\n  {shlex.quote(sys.executable)} -c {shlex.quote(program)}"
+        f"{left} Try it on one of its prompts:\n  {shlex.quote(sys.executable)} -c "
+        f"{shlex.quote(program)}"
     )

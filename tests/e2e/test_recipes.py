@@ -59,7 +59,9 @@ def test_two_steps(name, byte_llama, tmp_path, capsys):
     recipe = read_recipe(name, tiny(name, byte_llama, tmp_path))
     train(recipe)
     samples = "reward_funcs" in recipe.values and recipe.trainer not in LOGGED
-    assert ("Held-out prompts" in capsys.readouterr().out) == samples
+    said = capsys.readouterr().out
+    assert ("Held-out prompts" in said) == samples
+    assert ("reward_funcs: [{name: reward_model" in said) == (recipe.trainer == "reward")
     weights = ("adapter_model.safetensors", "model.safetensors")
     assert any((tmp_path / "out" / file).is_file() for file in weights)
 

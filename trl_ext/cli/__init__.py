@@ -26,7 +26,10 @@ __all__ = ["main"]
 # that reads a recipe takes `args.overrides`, whatever its own parser does not know.
 COMMANDS = {
     "train": "Train what a recipe says.",
+    "collect": "Sample completions of a recipe's prompts, score them, and write them.",
+    "iterate": "Collect, score and fit offline, round after round.",
     "validate": "Check a recipe; report everything that is wrong with it.",
+    "plan": "Say whether a recipe fits a card, and what makes it fit.",
     "show": "Print the merged recipe, and where each value comes from.",
     "ls": "List the shipped recipes.",
     "cp": "Copy a shipped recipe, to change it.",
@@ -38,7 +41,7 @@ COMMANDS = {
     "oracle-check": "Train the trainers side by side where the optimum is known exactly.",
     "env": "Print versions and devices, for a bug report.",
 }
-_TAKE_OVERRIDES = ("train", "validate", "show")
+_TAKE_OVERRIDES = ("train", "collect", "iterate", "validate", "show")
 _INPUT_ERRORS = (ConfigError, DataError, MissingDependencyError, PluginError, UnknownNameError)
 
 
