@@ -41,7 +41,7 @@ COMMANDS = {
     "oracle-check": "Train the trainers side by side where the optimum is known exactly.",
     "env": "Print versions and devices, for a bug report.",
 }
-_TAKE_OVERRIDES = ("train", "collect", "iterate", "validate", "show")
+_TAKE_OVERRIDES = ("train", "collect", "iterate", "validate", "plan", "show")
 _INPUT_ERRORS = (ConfigError, DataError, MissingDependencyError, PluginError, UnknownNameError)
 
 

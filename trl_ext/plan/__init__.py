@@ -1,0 +1,17 @@
+"""Will it fit the card? The memory of a run from its model's config, before anything is loaded."""
+
+from trl_ext.plan.cards import CARDS, Card, card_of_size, find_card
+from trl_ext.plan.estimate import ITEMS, PHASES, Plan, plan_recipe
+from trl_ext.plan.suggest import suggest
+
+__all__ = [
+    "CARDS",
+    "ITEMS",
+    "PHASES",
+    "Card",
+    "Plan",
+    "card_of_size",
+    "find_card",
+    "plan_recipe",
+    "suggest",
+]

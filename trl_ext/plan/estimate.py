@@ -1,0 +1,130 @@
+"""The memory of each phase of a run, added up item by item."""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+
+from trl_ext.plan.cards import WITHOUT_BF16, Card
+from trl_ext.plan.moments import generating, scoring, training
+from trl_ext.plan.opening import open_config
+from trl_ext.plan.run import Run, lora_of, run_of
+from trl_ext.plan.shapes import CHECKED_TYPES, Shapes, shapes_of
+from trl_ext.plan.standing import Items, loading, standing
+from trl_ext.recipe import Recipe
+
+PHASES = ("load", "generate", "score", "train", "save")
+# All items, in the order in which a table has them.
+ITEMS = (
+    "weights",
+    "adapters",
+    "reference",
+    "critic",
+    "master copies",
+    "optimizer states",
+    "DDP buckets",
+    "gradients",
+    "optimizer step",
+    "gathered weights",
+    "half-precision copies",
+    "activations",
+    "layer at work",
+    "LM head",
+    "KV cache",
+    "sampling",
+    "vLLM",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs on each card.
+
+    Attributes:
+        run: what was planned.
+        shapes: the model.
+        phases: phase -> item -> bytes, at the phase's worst moment; phases that a run has.
+        notes: what is left out or assumed, in words.
+    """
+
+    run: Run
+    shapes: Shapes
+    phases: dict[str, Items]
+    notes: tuple[str, ...]
+
+    def peak(self, phase: str) -> int:
+        """Bytes of a phase: the sum of its items."""
+        return sum(self.phases[phase].values())
+
+    @property
+    def worst(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=self.peak)
+
+    def fits(self, card: Card) -> bool:
+        """Whether every phase fits into what the card leaves."""
+        return self.peak(self.worst) <= card.usable
+
+
+def plan_recipe(
+    recipe: Recipe,
+    card: Card | None = None,
+    *,
+    prompt_length: int = 256,
+    processes: int | None = None,
+) -> Plan:
+    """The memory that a recipe's run takes, from its model's config alone.
+
+    Args:
+        recipe: from `read_recipe`.
+        card: vLLM takes a share of it; None: of no size, which is noted.
+        prompt_length: tokens of the longest prompt.
+        processes: number of cards; None: as the recipe says.
+
+    Raises:
+        ConfigError: if the model's config cannot be had, or the recipe cannot be trained.
+    """
+    shapes = _shapes(recipe)
+    run = run_of(recipe, shapes.dtype, prompt_length, processes)
+    stays = standing(shapes, run)
+    vllm = int(run.vllm * card.total) if card else 0
+    phases: dict[str, Items] = {"load": loading(shapes, run, stays, vllm)}
+    if run.rollout_rows:
+        phases["generate"] = generating(shapes, run, stays, vllm)
+    if run.scores:
+        phases["score"] = stays | scoring(shapes, run) | _awake(run, vllm)
+    phases["train"] = training(shapes, run, stays) | _awake(run, vllm)
+    phases["save"] = stays | _awake(run, vllm)
+    shown = {
+        phase: {item: items[item] for item in ITEMS if items.get(item)}
+        for phase, items in phases.items()
+    }
+    return Plan(run, shapes, shown, tuple(_notes(shapes, run, card)))
+
+
+def _shapes(recipe: Recipe) -> Shapes:
+    return _counted(json.dumps(recipe.groups["model"], sort_keys=True))
+
+
+@cache
+def _counted(model_fields: str) -> Shapes:
+    """One model is counted once, however many changes to its recipe are tried."""
+    fields = json.loads(model_fields)
+    config = open_config(fields["model_name_or_path"], fields.get("model_revision"))
+    return shapes_of(config, lora_of(fields))
+
+
+def _awake(run: Run, vllm: int) -> Items:
+    return {"vLLM": 0 if run.vllm_sleeps else vllm}
+
+
+def _notes(shapes: Shapes, run: Run, card: Card | None) -> list[str]:
+    notes = [f"Not counted: {each}." for each in run.not_counted]
+    if run.vllm and card is None:
+        notes.append("Not counted: vLLM's share, which is a share of the card (--gpu, --vram).")
+    if shapes.model_type not in CHECKED_TYPES:
+        notes.append(f"Activations of {shapes.model_type} are counted as those of a Llama layer.")
+    if card is not None and card.name.startswith(WITHOUT_BF16) and run.is_bf16:
+        notes.append(f"{card.name} has no bfloat16: set bf16=false fp16=true dtype=float16.")
+    if run.optimizer.startswith("paged_"):
+        notes.append("Paged optimizer states go to the host's memory when the card is full.")
+    return notes
