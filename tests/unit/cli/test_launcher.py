@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from trl_ext.cli import launcher
+from trl_ext.cli import launcher, main
 from trl_ext.errors import RunError
 
 MACHINES = {"machine_rank": 1, "main_process_ip": "a"}
@@ -155,3 +155,20 @@ def test_torchrun_does_not_shard(monkeypatch, name, kind):
 def test_data_parallelism_under_any_launcher(monkeypatch, keys):
     monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
     launcher.check_launched(keys)
+
+
+def test_a_process_of_another_launcher_is_checked_before_it_trains(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    output = f"output_dir={tmp_path / 'out'}"
+    assert main(["train", "rwr/char_reverse", "accelerate_config=fsdp2", output]) == 1
+    assert "'fsdp2' asks for FSDP" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_devices_in_one_process_are_refused():
+    """transformers would wrap the model in DataParallel, and say nothing."""
+    from trl_ext.build import _check_processes
+
+    with pytest.raises(RunError, match=r"sees 2 devices.*num_processes=2"):
+        _check_processes(types.SimpleNamespace(n_gpu=2, world_size=1))

@@ -264,6 +264,33 @@ def test_a_group_divides_the_batch(write, monkeypatch, text, batch, near):
     assert line.endswith(f"nearest group size: {near}")
 
 
+def test_groups_are_not_counted_where_training_samples_nothing(write):
+    """offline_rwr has num_generations for `collect`; its batches are of rows, not of groups."""
+    text = "num_generations: 8\nper_device_train_batch_size: 4\nper_device_eval_batch_size: 3\n"
+    write("r.yaml", text + "eval_on_start: true\n")
+    assert read_recipe("r.yaml", ["trainer=offline_rwr"]).trainer == "offline_rwr"
+    assert len(findings_of("r.yaml")) == 1  # rwr itself
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("watch_action: stop", "r.yaml:5: watch_action: got 'stop', which does nothing without"),
+        ("gold_reward_funcs: [vader]", "r.yaml:5: gold_reward_funcs: is measured on held-out"),
+        ("gold_reward_funcs: [vadr]", "r.yaml:5: gold_reward_funcs: There is no reward called"),
+        (
+            "watch_drift: 0.5\ngold_reward_funcs: [vader]\neval_on_start: true\n"
+            "eval_strategy: steps",
+            "r.yaml:5: watch_drift: got 0.5; it must be a factor above 1",
+        ),
+    ],
+)
+def test_the_watch_is_checked_before_a_run(write, text, says):
+    write("r.yaml", text + "\n")
+    (line,) = findings_of("r.yaml")
+    assert line.startswith(says)
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

@@ -311,7 +311,7 @@ def test_adapters_train(make, model_path):
 
 def test_quantised_models_train_after_an_evaluation(make, tmp_path):
     """An evaluation-mode pass would make bitsandbytes lose gradients on CPUs with AVX512-BF16."""
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="needs trl-ext[quant]")
     path = save_byte_llama(tmp_path / "bytes")
     quantised = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
