@@ -9,7 +9,8 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.tiny import QUIET, count_a, prompts, save_tiny_llama
-from trl_ext.trl_adapter import PolicyConfig, PolicyTrainer
+from trl_ext.policy_config import PolicyConfig
+from trl_ext.trl_adapter import PolicyTrainer
 
 STEPS = 4
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}

@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from trl import GRPOConfig
 
 from tests.tiny import QUIET, VOCABULARY, count_a, prompts, save_tiny_llama
-from trl_ext import trl_adapter
 from trl_ext.errors import ConfigError, DataError, RewardError
 from trl_ext.oracle import tabular_tokenizer
+from trl_ext.policy_config import PolicyConfig
 from trl_ext.ppo import PPOTrainer
 from trl_ext.reinforce import ReinforceTrainer
 from trl_ext.rwr import RWRConfig, RWRTrainer
-from trl_ext.trl_adapter import PolicyConfig, PolicyTrainer
+from trl_ext.trl_adapter import PolicyTrainer
+from trl_ext.trl_adapter import trainer as trainer_module
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_a_dataset_that_fills_no_batch_is_refused(model_path, tmp_path):
 
 
 def test_a_bundled_model_is_opened_by_its_name(model_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(trl_adapter, "resolve_model", {"bundled:x": model_path}.__getitem__)
+    monkeypatch.setattr(trainer_module, "resolve_model", {"bundled:x": model_path}.__getitem__)
     trainer = make("bundled:x", tmp_path)
     assert trainer.model.config.vocab_size == VOCABULARY
 

@@ -1,0 +1,84 @@
+"""The loss of a micro-batch: TRL's, or an algorithm's own with what TRL adds to it."""
+
+import torch
+from torch import Tensor
+
+from trl_ext.functional import TokenAggregation, aggregate_tokens
+from trl_ext.rollout import MicroBatch, generated
+from trl_ext.trl_adapter.evaluation import Evaluation
+
+# TRL's loss type -> how it adds up a loss per token.
+_AGGREGATION: dict[str, TokenAggregation] = {
+    "grpo": "completion means",
+    "sapo": "completion means",
+    "bnpo": "tokens",
+    "dr_grpo": "fixed length",
+    "luspo": "completion sums",
+}
+# Loss types that divide by the number of tokens of all micro-batches and processes.
+_OVER_THE_BATCH = ("dapo", "cispo", "vespo")
+
+
+class Loss(Evaluation):
+    """Adds a KL penalty of ours to TRL's loss, or a loss of ours to TRL's penalties."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As TRL, but nothing is done for a rollout that `end_rollout` has put aside."""
+        if self._rollout_is_spent and self._step % self._generate_every:
+            self._step += 1
+            return torch.zeros((), device=self.args.device)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _compute_loss(self, model, inputs):
+        self._scored = []
+        is_trls = self.kl.is_trls and not self._replaces_loss
+        with self.kl.watching() as passes:
+            if self._replaces_loss:
+                loss = self._own_loss(model, inputs)
+            elif is_trls:
+                loss = super()._compute_loss(model, inputs)
+            else:
+                with self._trl_beta(0.0):
+                    loss = super()._compute_loss(model, inputs)
+        [(logps, _)] = self._scored
+        self._scored = []
+        per_token = self.kl.per_token(logps, inputs, passes)
+        if per_token is not None and self.kl.enters("loss") and not is_trls:
+            loss = loss + self.kl.beta * self._added_up(per_token, inputs)
+        return loss
+
+    def _own_loss(self, model, inputs):
+        # Without credit and KL, TRL's loss is what it adds to the policy term: entropy bonus,
+        # router loss. Without the old log-probabilities, no ratio can overflow.
+        rows = {name: value for name, value in inputs.items() if name != "old_per_token_logps"}
+        with self._trl_beta(0.0):
+            rest = super()._compute_loss(
+                model, rows | {"advantages": torch.zeros_like(inputs["advantages"])}
+            )
+        [(logps, readout)] = self._scored
+        loss = self.policy_loss(
+            MicroBatch(logps, generated(inputs), inputs["advantages"], inputs, readout)
+        )
+        self._drop_surrogate_metrics()
+        return rest + (
+            self._added_up(loss, inputs) if loss.dim() == 2 else loss / self._accumulated
+        )
+
+    def _added_up(self, per_token: Tensor, inputs) -> Tensor:
+        """A loss (B, T) summed up over tokens as TRL does for its loss type."""
+        mask = generated(inputs)
+        if self.loss_type in _OVER_THE_BATCH:
+            # The count spans the generation batch, of which an accumulation window is a part.
+            count = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+            if self.model.training:
+                count = count * self._accumulated / self.args.steps_per_generation
+            return aggregate_tokens(per_token, mask, "tokens", count=count)
+        how = _AGGREGATION[self.loss_type]
+        length = self.max_completion_length if how == "fixed length" else None
+        return aggregate_tokens(per_token, mask, how, count=length) / self._accumulated
+
+    def _drop_surrogate_metrics(self) -> None:
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        surrogate = [n for n in metrics if n.startswith("clip_ratio/") or n == "policy_loss"]
+        for name in surrogate:
+            del metrics[name]
