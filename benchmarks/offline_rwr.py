@@ -30,7 +30,7 @@ STEPS = 12  # of rwr/quickstart: 64 completions each
 FITS = {
     "offline RWR, β = 0.25": [],
     "best-of-n SFT (β = 0)": ["beta=0"],
-    "SFT on right ones": ["beta=inf", "reward_threshold=1.0"],
+    "SFT on right ones": ["beta=.inf", "reward_threshold=1.0"],
 }
 
 

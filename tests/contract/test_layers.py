@@ -23,7 +23,7 @@ ALGORITHMS = ("rwr", "grpo", "reinforce", "ppo", "trpo", "poe", "gibbs_prm", "re
 FLOORS = (
     ("functional",),
     ("errors", "kl_rules", "watch_options"),
-    ("registry",),
+    ("registry", "options"),
     ("kl_penalty",),
     ("oracle",),
     ("kl_table",),

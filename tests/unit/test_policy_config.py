@@ -27,16 +27,16 @@ def config(tmp_path, of: Any = PolicyConfig, **options: Any) -> PolicyConfig:
         ({"beta": True}, "beta=True is a bool; it must be a number."),
         (
             {"stop_strings": "\n"},
-            r"stop_strings='\n' is a str; it must be None or a list, each entry a text. "
+            r"stop_strings='\n' is a str; it must be a list of texts or None. "
             r"Write stop_strings=['\n'].",
         ),
-        ({"stop_strings": [1]}, "stop_strings=[1] is a list; it must be None or a list, each"),
+        ({"stop_strings": [1]}, "stop_strings=[1] is a list; it must be a list of texts or None."),
         ({"stop_strings": [""]}, "stop_strings=[''] holds an empty text"),
         ({"stop_strings": ["\n", ""]}, "each completion would end with its first token"),
-        ({"reward_timeout": "3"}, "reward_timeout='3' is a str; it must be None or a number."),
+        ({"reward_timeout": "3"}, "reward_timeout='3' is a str; it must be a number or None."),
         ({"reward_timeout": math.inf}, "reward_timeout=inf must be > 0 and at most 86400 seconds"),
         ({"reward_timeout": 0}, "reward_timeout=0 must be > 0"),
-        ({"kl_clamp": "1"}, "kl_clamp='1' is a str; it must be None or a number."),
+        ({"kl_clamp": "1"}, "kl_clamp='1' is a str; it must be a number or None."),
         ({"kl_estimator": 3}, "kl_estimator=3 is a int; it must be a text."),
         ({"kl_is_correction": "no"}, "kl_is_correction='no' is a str; it must be True or False."),
     ],
@@ -109,7 +109,7 @@ def test_weights_that_leave_alpha_its_meaning(tmp_path, weights):
         (RWRConfig, {"poe_alpha": -0.5}, "poe_alpha: got -0.5; it must be greater than 0"),
         (PPOConfig, {"poe_alpha": math.inf}, "poe_alpha: got inf; it must be greater than 0"),
         (PPOConfig, {"poe_alpha": math.nan}, "poe_alpha: got nan; it must be greater than 0"),
-        (PPOConfig, {"poe_alpha": "0.5"}, "poe_alpha='0.5' is a str; it must be None or a number."),
+        (PPOConfig, {"poe_alpha": "0.5"}, "poe_alpha='0.5' is a str; it must be a number or None."),
         (
             ReinforceConfig,
             {"poe_alpha": 0.5, "beta": 0.3},

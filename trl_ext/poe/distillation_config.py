@@ -5,12 +5,12 @@ from typing import ClassVar, Literal
 
 from trl import DistillationConfig as TRLDistillationConfig
 
-from trl_ext.errors import ConfigError
+from trl_ext.options import OwnOptions
 from trl_ext.poe.distillation_rules import EVEN, distillation_findings
 
 
 @dataclass
-class PoEDistillationConfig(TRLDistillationConfig):
+class PoEDistillationConfig(OwnOptions, TRLDistillationConfig):
     """`trl.DistillationConfig` for a product of experts as the teacher.
 
     TRL's `beta` is an interpolation between divergences, and not a KL coefficient, which the name
@@ -68,27 +68,15 @@ class PoEDistillationConfig(TRLDistillationConfig):
     }
 
     def __post_init__(self):
-        findings = self.findings()
-        if findings:
-            raise ConfigError("\n".join([f"{type(self).__name__}:", *findings]))
+        self.check()
         self.beta = self._trls_beta
         super().__post_init__()
 
-    @classmethod
-    def all_refused(cls) -> dict[str, str]:
-        """Inherited option -> why it is refused."""
-        return dict(cls.refused)
-
     def findings(self) -> list[str]:
         """What is wrong with these options, a line each."""
-        defaults = {option.name: option.default for option in fields(self)}
-        found = [
-            f"  {name}={getattr(self, name)!r} does nothing here: {reason}. Remove it."
-            for name, reason in self.all_refused().items()
-            # dataclasses.replace hands back the beta that was set from the divergence.
-            if getattr(self, name) not in (defaults[name], self._trls_beta)
-        ]
-        options = {name: getattr(self, name) for name in defaults}
+        # dataclasses.replace hands back the beta that was set from the divergence.
+        found = self.refused_findings(self._trls_beta)
+        options = {option.name: getattr(self, option.name) for option in fields(self)}
         return found + [f"  {name}: {problem}" for name, problem in distillation_findings(options)]
 
     @property

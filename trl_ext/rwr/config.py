@@ -100,7 +100,7 @@ class RWRConfig(OwnLossConfig):
 
     def findings(self) -> list[str]:
         """What is wrong with these options, a line each; together, once each has its type."""
-        return super().findings() + ([] if self._wrong_types() else self._bad_values())
+        return super().findings() + ([] if self.wrong_types() else self._bad_values())
 
     def _sampler_is_not_the_policy(self) -> list[str]:
         neutral = {

@@ -1,19 +1,18 @@
 """Options of offline reward-weighted regression, and the inherited ones that it refuses."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
-from pydantic import TypeAdapter, ValidationError
 from trl import SFTConfig as TRLSFTConfig
 
-from trl_ext.errors import ConfigError
+from trl_ext.options import OwnOptions
 from trl_ext.rewards.guard import LONGEST_TIMEOUT
 from trl_ext.rwr.config import LEAST_BETA
 
 
 @dataclass
-class OfflineRWRConfig(TRLSFTConfig):
+class OfflineRWRConfig(OwnOptions, TRLSFTConfig):
     """`trl.SFTConfig` for reward-weighted regression on logged completions.
 
     The fields from `num_generations` on say how `trl_ext collect` and `trl_ext iterate` sample
@@ -189,41 +188,13 @@ class OfflineRWRConfig(TRLSFTConfig):
     }
 
     def __post_init__(self):
-        findings = self.findings()
-        if findings:
-            raise ConfigError("\n".join([f"{type(self).__name__}:", *findings]))
+        self.check()
         super().__post_init__()
-
-    @classmethod
-    def all_refused(cls) -> dict[str, str]:
-        """Inherited option -> why it is refused."""
-        return dict(cls.refused)
 
     def findings(self) -> list[str]:
         """What is wrong with these options, a line each; together, once each has its type."""
-        defaults = {option.name: option.default for option in fields(self)}
-        refused = [
-            f"  {name}={getattr(self, name)!r} does nothing here: {reason}. Remove it."
-            for name, reason in self.all_refused().items()
-            if getattr(self, name) != defaults[name]
-        ]
-        return refused + (list(self._wrong_types()) or [*self._of_data(), *self._of_weights()])
-
-    def _wrong_types(self) -> Iterator[str]:
-        """Of the options that are not TRL's. True is no number."""
-        trls = {option.name for option in fields(TRLSFTConfig)}
-        hints = get_type_hints(type(self))
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if option.name in trls:
-                continue
-            try:
-                TypeAdapter(hints[option.name]).validate_python(value, strict=True)
-            except ValidationError:
-                yield (
-                    f"  {option.name}={value!r} is a {type(value).__name__}; it must be "
-                    f"{_in_words(hints[option.name])}."
-                )
+        wrong_types = self.wrong_types()
+        return self.refused_findings() + (wrong_types or [*self._of_data(), *self._of_weights()])
 
     def _of_weights(self) -> Iterator[str]:
         if not self.beta >= 0 or 0 < self.beta < LEAST_BETA:
@@ -278,14 +249,3 @@ class OfflineRWRConfig(TRLSFTConfig):
                 "  average_tokens_across_devices=False: each process would divide by its own rows. "
                 "Remove it."
             )
-
-
-def _in_words(hint: Any) -> str:
-    named = {float: "a number", int: "a whole number", bool: "True or False", str: "a text"}
-    named |= {type(None): "None", list[str]: "a list of texts", list[float]: "a list of numbers"}
-    if hint in named:
-        return named[hint]
-    choices = get_args(hint)
-    if all(isinstance(choice, str) for choice in choices):
-        return f"one of {', '.join(choices)}"
-    return " or ".join(map(_in_words, choices))

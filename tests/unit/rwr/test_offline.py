@@ -403,7 +403,7 @@ def test_rewards_score_rows_that_have_none(make):
         ({"beta": math.nan}, "beta=nan must be 0"),
         ({"beta": True}, "beta=True is a bool; it must be a number"),
         ({"beta": "1"}, "beta='1' is a str; it must be a number"),
-        ({"baseline": "mean"}, "baseline='mean' is a str; it must be one of group, dataset, value"),
+        ({"baseline": "mean"}, "baseline='mean' must be one of group, dataset, value"),
         ({"token_reduction": "max"}, "must be one of sum, mean, batch"),
         ({"reference": "first"}, "must be one of moving, fixed"),
         ({"max_weight": 0.5}, "max_weight=0.5 must be at least 1, or None"),
