@@ -1,10 +1,11 @@
 """Options of a config of ours: which inherited ones it refuses, and whether each has its type."""
 
+import os
 import types
 from collections.abc import Mapping
 from dataclasses import fields
 from numbers import Integral, Real
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from trl_ext.errors import ConfigError
 
@@ -16,6 +17,9 @@ _KINDS: Mapping[Any, tuple[type, str, str]] = {
     str: (str, "a text", "texts"),
     type(None): (type(None), "None", "None"),
 }
+
+
+Config = TypeVar("Config", bound="OwnOptions")
 
 
 class OwnOptions:
@@ -69,6 +73,25 @@ class OwnOptions:
     def _defaults(self) -> dict[str, Any]:
         options: Any = self
         return {option.name: option.default for option in fields(options)}
+
+
+def own_config(of: type[Config], trainer: str, model: Any, args: Any) -> Config:
+    """The config that a trainer is given, or a default one whose folder is named after the model.
+
+    Raises:
+        ConfigError: if it is of another class, such as that of TRL.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        make: Any = of
+        return make(f"{os.path.basename(name.rstrip('/'))}-{trainer.removesuffix('Trainer')}")
+    if not isinstance(args, of):
+        package = type(args).__module__.partition(".")[0]
+        raise ConfigError(
+            f"{trainer} takes args of type {of.__name__}, got {type(args).__name__} of {package}. "
+            f"Build it as trl_ext.{of.__name__}(...): it has the same fields and adds its own."
+        )
+    return args
 
 
 def _is_of(value: Any, hint: Any) -> str:

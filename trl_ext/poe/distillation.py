@@ -15,6 +15,7 @@ from trl_ext.bundled import resolve_model
 from trl_ext.errors import ConfigError, DataError
 from trl_ext.models.adapter import keep_nf4_gradients_on_cpu
 from trl_ext.models.vocabulary import check_vocabularies
+from trl_ext.options import own_config
 from trl_ext.poe.checks import device_of, model_of, tokenizer_of
 from trl_ext.poe.distillation_config import PoEDistillationConfig
 from trl_ext.poe.distillation_rules import NO_ZEROS
@@ -68,7 +69,7 @@ class PoEDistillationTrainer(TRLDistillationTrainer):
         **trl_arguments: Any,
     ):
         model = resolve_model(model) if isinstance(model, str) else model
-        args = _own_config(model, args)
+        args = own_config(PoEDistillationConfig, "PoEDistillationTrainer", model, args)
         if "teacher_model" in trl_arguments:
             raise ConfigError(
                 "PoEDistillationTrainer takes no teacher_model: the teacher is the product. Give a "
@@ -119,19 +120,6 @@ class _OrderOfPrompts(TrainerCallback):
             # An epoch is counted in steps, by division.
             for _ in range(int((state.epoch or 0) + 1e-6)):
                 next(iter(sampler), None)
-
-
-def _own_config(model: Any, args: PoEDistillationConfig | None) -> PoEDistillationConfig:
-    if args is None:
-        name = model if isinstance(model, str) else model.config._name_or_path
-        return PoEDistillationConfig(f"{name.rstrip('/').split('/')[-1]}-PoEDistillation")
-    if not isinstance(args, PoEDistillationConfig):
-        raise ConfigError(
-            "PoEDistillationTrainer takes args of type PoEDistillationConfig, got "
-            f"{type(args).__name__} of {type(args).__module__.partition('.')[0]}. Build it as "
-            "trl_ext.PoEDistillationConfig(...): it has the same fields, with divergence for beta."
-        )
-    return args
 
 
 def _check_size(train_dataset: Any, args: PoEDistillationConfig) -> None:

@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 from trl import RewardConfig as TRLRewardConfig
 
-from trl_ext.errors import ConfigError
+from trl_ext.options import OwnOptions
 
 LOSS_TYPES = ("bradley_terry", "plackett_luce")
 
 
 @dataclass
-class RewardConfig(TRLRewardConfig):
+class RewardConfig(OwnOptions, TRLRewardConfig):
     """`trl.RewardConfig` for comparisons of K completions: what it adds, and what changes.
 
     Args:
@@ -46,9 +46,7 @@ class RewardConfig(TRLRewardConfig):
     )
 
     def __post_init__(self):
-        findings = self.findings()
-        if findings:
-            raise ConfigError("\n".join([f"{type(self).__name__}:", *findings]))
+        self.check()
         super().__post_init__()
 
     def findings(self) -> list[str]:

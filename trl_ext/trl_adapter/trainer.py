@@ -1,6 +1,5 @@
 """`PolicyTrainer`: what is checked before TRL's trainer is built, and set up after."""
 
-import os
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +13,7 @@ from trl_ext.bundled import resolve_model
 from trl_ext.errors import ConfigError
 from trl_ext.kl_term import KLTerm
 from trl_ext.models.adapter import keep_nf4_gradients_on_cpu
+from trl_ext.options import own_config
 from trl_ext.policy_config import PolicyConfig
 from trl_ext.registry import load_process_reward
 from trl_ext.rewards.columns import asked_of_trainer, check_reference_can_be_had, show_policy
@@ -51,7 +51,7 @@ class PolicyTrainer(Checkpoints):
         **trl_arguments: Any,
     ):
         model = resolve_model(model) if isinstance(model, str) else model
-        args = self._own_config(model, args)
+        args = own_config(self.config_class, type(self).__name__, model, args)
         self.kl = KLTerm(args, self)
         self.process_reward = _process_reward(args, process_reward, model)
         if not trl_arguments.get("environment_factory"):
@@ -101,21 +101,6 @@ class PolicyTrainer(Checkpoints):
         args.use_bias_correction_kl = args.kl_is_correction
         self._stop_at(args.stop_strings or [])
         keep_nf4_gradients_on_cpu(self.model)
-
-    def _own_config(self, model: Any, args: PolicyConfig | None) -> PolicyConfig:
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            return self.config_class(
-                f"{os.path.basename(name)}-{type(self).__name__.removesuffix('Trainer')}"
-            )
-        if not isinstance(args, self.config_class):
-            config, package = self.config_class.__name__, type(args).__module__.partition(".")[0]
-            raise ConfigError(
-                f"{type(self).__name__} takes args of type {config}, got {type(args).__name__} of "
-                f"{package}. Build it as trl_ext.{config}(...): it has the same fields and adds "
-                "its own."
-            )
-        return args
 
     @contextmanager
     def _reference_only_if_used(self, args: PolicyConfig):

@@ -343,8 +343,8 @@ def test_a_config_of_trls(student, product, tmp_path):
         PoEDistillationTrainer(student, product, args, prompts())  # pyright: ignore
     assert str(error.value) == (
         "PoEDistillationTrainer takes args of type PoEDistillationConfig, got DistillationConfig "
-        "of trl. Build it as trl_ext.PoEDistillationConfig(...): it has the same fields, with "
-        "divergence for beta."
+        "of trl. Build it as trl_ext.PoEDistillationConfig(...): it has the same fields and adds "
+        "its own."
     )
 
 
