@@ -68,6 +68,11 @@ def parts_of(recipe: Recipe, *, resumed: bool = False) -> dict[str, Any]:
     rewards = _reward_parts(recipe, trainer_class)
     _check_gold(recipe)
     train_dataset, eval_dataset = _datasets(recipe, config)
+    if recipe.trainer == "dpo":  # TRL's own trainer, which looks at no row
+        from trl_ext.reward_model.rankings import preference_pairs
+
+        train_dataset = preference_pairs(train_dataset, "train_dataset")
+        eval_dataset = eval_dataset and preference_pairs(eval_dataset, "eval_dataset")
     if resumed:
         config.eval_on_start = False  # "before training" was measured when the run began
     model_config = ModelConfig(**recipe.groups["model"])
@@ -212,9 +217,9 @@ def _datasets(recipe: Recipe, config: Any) -> tuple[Any, Any]:
         return train_dataset, None
     if eval_dataset is None:
         raise ConfigError(
-            "The recipe evaluates (eval_on_start or eval_strategy), but its dataset has no test "
-            "split. Set dataset_kwargs.eval_size for a generated dataset, dataset_test_split for "
-            "another, or turn evaluation off."
+            "A test split is asked for (eval_on_start, eval_strategy or --split test), and the "
+            "dataset has none. Set dataset_kwargs.eval_size for a generated dataset, "
+            "dataset_test_split for another, or turn evaluation off."
         )
     return train_dataset, eval_dataset
 

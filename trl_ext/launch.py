@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,26 +13,31 @@ from transformers import ProgressCallback, Trainer
 from trl import RewardTrainer
 
 from trl_ext.build import build_trainer
-from trl_ext.callbacks import RecordMetrics, ShortProgress, StopOnDivergence, StopOnInterrupt
-from trl_ext.environment import command_name
-from trl_ext.errors import RunError, TrlExtError
+from trl_ext.callbacks import (
+    DurableCheckpoints,
+    RecordMetrics,
+    ShortProgress,
+    StopOnDivergence,
+    StopOnSignal,
+    Stopped,
+    sync_files,
+)
+from trl_ext.errors import RunError
 from trl_ext.recipe import Recipe
 from trl_ext.record import (
     RECIPE,
     RunRecord,
     checkpoint_to_resume,
-    is_complete,
     is_first_process,
     is_last_step,
-    last_checkpoint,
 )
 from trl_ext.report import before_after_table, hacking_table, held_out_gains
-from trl_ext.resume import check_same_run
+from trl_ext.resume import check_same_run, explained, saving_failed, what_is_left
 from trl_ext.trl_adapter import end_training, load_checkpoint
 from trl_ext.watch import watch_of
 
 
-def train(recipe: Recipe, *, resume: bool | str = False, overwrite: bool = False) -> None:
+def train(recipe: Recipe, *, resume: bool | str = False, overwrite: bool = False) -> str:
     """Train what a recipe says and leave the result and its record in `output_dir`.
 
     Args:
@@ -42,9 +46,13 @@ def train(recipe: Recipe, *, resume: bool | str = False, overwrite: bool = False
             that checkpoint.
         overwrite: replace the run that `output_dir` holds.
 
+    Returns:
+        How it ended: "finished", or "finished (stopped by the reward-hacking watch)".
+
     Raises:
-        TrlExtError: if the recipe's parts do not fit together, a reward fails, or a checkpoint
-            cannot be written; the message says what is left to resume from.
+        TrlExtError: if the recipe's parts do not fit together, a reward fails, memory runs out, or
+            a checkpoint cannot be written; the message says what is left to resume from.
+        Stopped: if a signal ended training; a checkpoint of its last step is there.
     """
     silence_what_no_user_can_mend()
     output_dir = Path(recipe.values["output_dir"]).expanduser()
@@ -56,7 +64,7 @@ def train(recipe: Recipe, *, resume: bool | str = False, overwrite: bool = False
         check_same_run(recipe, checkpoint)
     elif resume:
         print(f"{output_dir} has no checkpoint: starting from the beginning.", file=sys.stderr)
-    train_in(record, recipe, checkpoint, overwrite=overwrite)
+    return train_in(record, recipe, checkpoint, overwrite=overwrite)
 
 
 def train_in(
@@ -66,7 +74,7 @@ def train_in(
     *,
     overwrite: bool = False,
     ends: bool = True,
-) -> None:
+) -> str:
     """Train what a recipe says, in the folder of a record that is known to be free for it.
 
     Args:
@@ -77,14 +85,20 @@ def train_in(
         ends: False if these processes go on to something else: then they stay connected, and
             nothing is printed about how to use the result.
 
+    Returns:
+        As `train`.
+
     Raises:
-        TrlExtError: as `train`.
+        TrlExtError, Stopped: as `train`.
     """
     with record.begun(overwrite=overwrite):
         trainer = build_trainer(recipe, resumed=checkpoint is not None)
         record.forget_after(int(checkpoint.name.split("-")[1]) if checkpoint else -1)
         record.describe(recipe.to_yaml())
     _train_recorded(trainer, record, checkpoint, ends=ends)
+    watch = watch_of(trainer)
+    stopped = watch is not None and watch.stopped
+    return "finished (stopped by the reward-hacking watch)" if stopped else "finished"
 
 
 def check_kept(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
@@ -130,10 +144,9 @@ def silence_what_no_user_can_mend() -> None:
 def _train_recorded(
     trainer: Trainer, record: RunRecord, checkpoint: Path | None, *, ends: bool
 ) -> None:
-    interrupt, progress = StopOnInterrupt(), ShortProgress()
-    trainer.add_callback(RecordMetrics(record, trainer))
-    trainer.add_callback(StopOnDivergence())
-    trainer.add_callback(interrupt)
+    stop, progress, metrics = StopOnSignal(), ShortProgress(), RecordMetrics(record, trainer)
+    for callback in (metrics, StopOnDivergence(), stop, DurableCheckpoints()):
+        trainer.add_callback(callback)
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress)
@@ -145,57 +158,24 @@ def _train_recorded(
             load_checkpoint(trainer, checkpoint)
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if interrupt.interrupted:
-            raise KeyboardInterrupt
+        if stop.signal:
+            # Who ends first has a launcher end the others: not while one still writes.
+            trainer.accelerator.wait_for_everyone()
+            raise Stopped(stop.signal)
         _finish(trainer, record, ends=ends)
     except KeyboardInterrupt:
-        print(f"Stopped at step {trainer.state.global_step}. {_left(record)}", file=sys.stderr)
+        left = what_is_left(record.output_dir)
+        print(f"Stopped at step {trainer.state.global_step}. {left}", file=sys.stderr)
         raise
-    except TrlExtError as error:
-        loading = checkpoint and not interrupt.stepped
-        next_step = _instead_of(checkpoint) if loading and checkpoint else _left(record)
-        raise type(error)(f"{error}\n{next_step}") from error
     except Exception as error:
-        if checkpoint and not interrupt.stepped:
-            reason = str(error).strip().split("\n")[0]
-            raise RunError(
-                f"{checkpoint} cannot be resumed from: {reason} Is a file damaged? "
-                f"{_instead_of(checkpoint)}"
-            ) from error
-        if not _was_saving(trainer, record):
-            error.add_note(_left(record))
+        loading = checkpoint if checkpoint and not stop.stepped else None
+        told = explained(error, record, trainer.state.global_step, loading)
+        if told is error:
             raise
-        raise RunError(_saving_failed(trainer, record, error)) from error
+        raise told from error
     finally:
         progress.close()
-        interrupt.restore()
-
-
-def _instead_of(checkpoint: Path) -> str:
-    """What to do where a checkpoint cannot be resumed from."""
-    earlier = last_checkpoint(checkpoint.parent, before=checkpoint)
-    if earlier:
-        return f"Go on from the one before it: --resume {earlier}."
-    return "There is none before it: begin again with --overwrite."
-
-
-def _was_saving(trainer: Trainer, record: RunRecord) -> bool:
-    """Whether training failed while it wrote a checkpoint; a half-written one is removed."""
-    checkpoint = record.output_dir / f"checkpoint-{trainer.state.global_step}"
-    if not checkpoint.exists() or is_complete(checkpoint):
-        return False
-    if record.writes:
-        shutil.rmtree(checkpoint)
-    return True
-
-
-def _left(record: RunRecord) -> str:
-    """What a stopped run has left, and the command that goes on from there."""
-    newest = last_checkpoint(record.output_dir)
-    command = f"{command_name()} train {record.output_dir / RECIPE} --resume"
-    if newest is None:
-        return f"No checkpoint had been saved; {command} starts again from the beginning."
-    return f"The newest complete checkpoint is {newest}; go on from it with: {command}"
+        stop.restore()
 
 
 def _finish(trainer: Trainer, record: RunRecord, *, ends: bool) -> None:
@@ -204,8 +184,10 @@ def _finish(trainer: Trainer, record: RunRecord, *, ends: bool) -> None:
     try:
         trainer.save_model(str(record.output_dir))
         _write_model_card(trainer, record)
+        if record.writes:
+            sync_files(record.output_dir)
     except Exception as error:
-        raise RunError(_saving_failed(trainer, record, error)) from error
+        raise saving_failed(error, record, trainer.state.global_step) from error
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     if not ends:
@@ -220,8 +202,9 @@ def _finish(trainer: Trainer, record: RunRecord, *, ends: bool) -> None:
         print(_how_to_use(trainer, record.output_dir), flush=True)
         watch = watch_of(trainer)
         if watch is not None and watch.stopped:
+            left = what_is_left(record.output_dir)
             print(
-                f"The reward-hacking watch stopped training, {watch.stopped}. {_left(record)}",
+                f"The reward-hacking watch stopped training, {watch.stopped}. {left}",
                 file=sys.stderr,
             )
     end_training(trainer)
@@ -232,13 +215,6 @@ def _is_evaluated(trainer: Trainer) -> bool:
     return any(
         log["step"] == trainer.state.global_step and any(key.startswith("eval_") for key in log)
         for log in trainer.state.log_history
-    )
-
-
-def _saving_failed(trainer: Trainer, record: RunRecord, error: Exception) -> str:
-    return (
-        f"Saving at step {trainer.state.global_step} failed: {error}. A checkpoint that it had "
-        f"half written is removed. Is the disk full? {_left(record)}"
     )
 
 

@@ -58,7 +58,7 @@ class RunRecord:
             above = next(path for path in self.output_dir.absolute().parents if path.exists())
             if not above.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, f"{above} is a file")
-            held = self.writes and self.output_dir.exists() and any(self.output_dir.iterdir())
+            held = self.writes and self.output_dir.exists() and self._is_held()
         if not held:
             return
         if not self.is_run and (resume or overwrite):
@@ -80,6 +80,12 @@ class RunRecord:
                 else f"output_dir {name!r} holds files already. Give another: output_dir=..., or "
                 "empty it yourself."
             )
+
+    def _is_held(self) -> bool:
+        """Whether the folder holds anything but what a start leaves that was killed within it."""
+        names = {path.name for path in self.output_dir.iterdir()}
+        begun = {_new(RECIPE), _new(ENVIRONMENT), ENVIRONMENT}
+        return bool(names) and not (_new(RECIPE) in names and names <= begun)
 
     @contextmanager
     def begun(self, *, overwrite: bool) -> Iterator[None]:
@@ -114,9 +120,19 @@ class RunRecord:
         """Write the resolved recipe and the environment."""
         if not self.writes:
             return
-        (self.output_dir / RECIPE).write_text(recipe_yaml)
         record = environment() | {"command": hide_secrets(sys.argv)}
-        (self.output_dir / ENVIRONMENT).write_text(json.dumps(record, indent=2) + "\n")
+        self._write(RECIPE, recipe_yaml)
+        self._write(ENVIRONMENT, json.dumps(record, indent=2) + "\n")
+        # The recipe last: both are there, or the folder is no run yet.
+        for file in (ENVIRONMENT, RECIPE):
+            (self.output_dir / _new(file)).replace(self.output_dir / file)
+
+    def _write(self, file: str, text: str) -> None:
+        """Write a file beside its place, to the disk: what has its place is never half of it."""
+        with (self.output_dir / _new(file)).open("w") as new:
+            new.write(text)
+            new.flush()
+            os.fsync(new.fileno())
 
     def append(self, file: str, row: dict[str, Any]) -> None:
         """Add a line to `metrics.jsonl` or `evaluations.jsonl`."""
@@ -141,7 +157,13 @@ class RunRecord:
         for file in (METRICS, EVALUATIONS):
             kept = [row for row in self.rows(file) if row["step"] <= step]
             if (self.output_dir / file).exists():
-                (self.output_dir / file).write_text("".join(json.dumps(r) + "\n" for r in kept))
+                self._write(file, "".join(json.dumps(row) + "\n" for row in kept))
+                (self.output_dir / _new(file)).replace(self.output_dir / file)
+
+
+def _new(file: str) -> str:
+    """Where a file of the record is written before it takes its place."""
+    return f".{file}.new"
 
 
 def _row(line: str) -> dict[str, Any] | None:

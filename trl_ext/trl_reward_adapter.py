@@ -7,8 +7,37 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 from trl import RewardTrainer as TRLRewardTrainer
-from trl.data_utils import _tokenize, get_dataset_column_names
+from trl.data_utils import _tokenize, get_dataset_column_names, is_conversational
 from trl.trainer.utils import global_then_local_main_first
+
+from trl_ext.errors import DataError
+
+# A key of tokenizer_config.json, which lies beside a whole model and beside an adapter.
+APPENDS_EOS = "reward_append_eos"
+TOKENISED = ("ranking_ids", "chosen_ids", "chosen_input_ids")
+
+
+def note_form(tokenizer: Any, dataset: Any) -> None:
+    """Write into a tokenizer whether its reward model learns texts with the end token behind them.
+
+    A classifier reads its reward at the last token: used without the one that it has learned, it
+    reads another. Messages end as the chat template writes them, and of tokens nothing is known.
+
+    Args:
+        tokenizer: that will be saved with the model.
+        dataset: comparisons, before they are tokenised.
+    """
+    if any(column in get_dataset_column_names(dataset) for column in TOKENISED):
+        return
+    if is_conversational(next(iter(dataset))):
+        tokenizer.init_kwargs.pop(APPENDS_EOS, None)
+    else:
+        tokenizer.init_kwargs[APPENDS_EOS] = True
+
+
+def appends_eos(tokenizer: Any) -> bool:
+    """Whether a tokenizer, or what its tokenizer_config.json holds, was noted to append it."""
+    return getattr(tokenizer, "init_kwargs", tokenizer).get(APPENDS_EOS) is True
 
 
 class ComparisonTrainer(TRLRewardTrainer):
@@ -44,6 +73,7 @@ class ComparisonTrainer(TRLRewardTrainer):
         columns = get_dataset_column_names(dataset)
         if "ranking_ids" in columns:
             return dataset
+        _check_chat_template(dataset, processing_class, dataset_name)
         if "completions" in columns:
             prepared = _tokenised(dataset, processing_class, args)
         else:
@@ -68,6 +98,14 @@ class ComparisonTrainer(TRLRewardTrainer):
             self.restore(Path(self.state.best_model_checkpoint))
 
 
+def _check_chat_template(dataset: Any, tokenizer: Any, name: str) -> None:
+    if is_conversational(next(iter(dataset))) and tokenizer.chat_template is None:
+        raise DataError(
+            f"The {name} dataset holds messages, and the tokenizer has no chat template to write "
+            "them with. Set chat_template_path, or write prompt and completions as texts."
+        )
+
+
 def _tokenised(dataset: Any, tokenizer: Any, args: Any) -> Any:
     """The column `ranking_ids`: the tokens of each prompt with each of its completions.
 
@@ -78,10 +116,11 @@ def _tokenised(dataset: Any, tokenizer: Any, args: Any) -> Any:
         tools = row.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) else tools
         template = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
-        sequences = [row["prompt"] + completion for completion in row["completions"]]
+        completions = row["completions"]
         if isinstance(row["prompt"], str):
             end, template = tokenizer.eos_token or "", {}
-            sequences = [text if text.endswith(end) else text + end for text in sequences]
+            completions = [text if text.endswith(end) else text + end for text in completions]
+        sequences = [row["prompt"] + completion for completion in completions]
         ids = [_tokenize(tokenizer, each, **template)["input_ids"] for each in sequences]
         return {"ranking_ids": ids}
 

@@ -8,6 +8,7 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import pyarrow.compute
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
@@ -54,6 +55,10 @@ class WeightedSFTTrainer(TRLSFTTrainer):
         args.accelerator_config.dispatch_batches = False
         super().__init__(model, args, **trl_arguments)
         check_rows_stay_whole(self.accelerator.parallelism_config)
+        if self.args.device.type == "cpu" and _attention_of(self.model) == "flex_attention":
+            raise ConfigError(
+                "attn_implementation='flex_attention' has no gradients on a CPU. Use sdpa or eager."
+            )
         self.data_collator = WeightedCollator(
             **vars(self.data_collator), token_reduction=self.token_reduction
         )
@@ -122,6 +127,7 @@ class WeightedSFTTrainer(TRLSFTTrainer):
         )
         if rows is not None and isinstance(prepared, Dataset):
             _check_cut(rows, len(prepared), args.max_length, dataset_name)
+            _check_predicted(prepared, dataset_name)
         return self._packed(prepared, args) if packing and dataset_name == "train" else prepared
 
     def _packed(self, dataset: Dataset | IterableDataset, args: Any) -> Dataset | IterableDataset:
@@ -292,6 +298,23 @@ def check_same_tokenizer(dataset: Any, tokenizer: Any, rows: int = 8) -> None:
                 f"{text[:80]!r}. Remove the columns prompt_ids and completion_ids, so that the "
                 "texts are tokenised anew."
             )
+
+
+def _attention_of(model: Any) -> str | None:
+    return model.config._attn_implementation
+
+
+def _check_predicted(prepared: Dataset, name: str) -> None:
+    """Whether the first token of every completion is predicted from something."""
+    compute: Any = pyarrow.compute  # its functions are made at import, unseen by type checkers
+    first = compute.list_element(prepared.data.column("labels"), 0)
+    unpredicted = compute.sum(compute.not_equal(first, IGNORED)).as_py()
+    if unpredicted:
+        raise DataError(
+            f"The {name} dataset: {unpredicted} of {len(prepared)} completions have no token in "
+            "front of them, so that nothing predicts their first one. Begin their prompts with "
+            "one, such as the tokenizer's end token."
+        )
 
 
 def _check_cut(before: int, after: int, max_length: int | None, name: str) -> None:

@@ -59,11 +59,13 @@ def config_findings(
     ]
     if not options["gold_reward_funcs"]:
         found.append(("gold_reward_funcs", "an empty list. Name a reward, or remove it."))
-    if str(options["eval_strategy"]) in ("no", "False") or not options["eval_on_start"]:
+    strategy = getattr(options["eval_strategy"], "value", options["eval_strategy"])
+    if strategy in ("no", False) or not options["eval_on_start"]:
         found.append(
             (
                 "gold_reward_funcs",
-                "is measured on held-out prompts, before training and on the way. Set "
+                "is measured on held-out prompts, before training and on the way, and "
+                f"eval_on_start is {options['eval_on_start']} and eval_strategy {strategy!r}. Set "
                 "eval_on_start: true, eval_strategy: steps and eval_steps.",
             )
         )

@@ -28,6 +28,7 @@ PRELOADED = [
     "tests.e2e.forked",
     "trl_ext.launch",
     "trl_ext.grpo.trainer",
+    "trl_ext.ppo.trainer",
     "trl_ext.rwr.trainer",
     "trl.trainer.sft_trainer",
     "transformers.models.llama.modeling_llama",

@@ -80,3 +80,21 @@ def test_the_implicit_reward_is_what_the_scorer_reads(lora, byte_llama, tmp_path
         assert fmean(each.score for each in scored) == pytest.approx(reward, abs=1e-4)
     # Four steps have moved it by far more than that.
     assert expected["chosen"] - expected["rejected"] > 0.05
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"prompt": "a", "chosn": "b", "rejected": "c"}, "has no column 'chosen'"),
+        ({"prompt": "a", "chosen": None, "rejected": "c"}, "chosen is None; it must be a text"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "all tied, all the same"),
+        ({"prompt": "a", "completions": ["b", "c"], "ranks": [1, 2]}, "Make a row of each pair"),
+    ],
+)
+def test_rows_that_are_no_pairs(row, says, byte_llama, tmp_path, capsys):
+    data = tmp_path / "preferences.jsonl"
+    data.write_text(json.dumps(row) + "\n")
+    recipe = tmp_path / "dpo.yaml"
+    recipe.write_text(RECIPE.format(output_dir=tmp_path / "out", model=byte_llama, data=data))
+    assert main(["train", str(recipe)]) == 2
+    assert says in capsys.readouterr().err

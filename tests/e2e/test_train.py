@@ -133,7 +133,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_resume(
     step = int(found(r"Stopped at step (\d+)", err))
     assert 1 <= step < 6
     assert (tmp_path / "stopped" / f"checkpoint-{step}" / "trainer_state.json").is_file()
-    resume = found(r"trl_ext (train \S+ --resume)", err).split()
+    resume = found(r"trl_ext (train --resume \S+)", err).split()
     assert run(*resume)[0] == 0
     assert same(parameters(tmp_path / "stopped"), parameters(whole))
 

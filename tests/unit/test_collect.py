@@ -11,13 +11,15 @@ import torch
 import yaml
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.tiny import count_a, save_byte_llama, save_tiny_llama
 from trl_ext.collect import FORMS, Collector, collect
 from trl_ext.collect.prompts import seed_of
 from trl_ext.collect.summary import summarise
 from trl_ext.errors import ConfigError, DataError, RewardError, RunError
+from trl_ext.oracle import tabular_tokenizer
 from trl_ext.recipe import Recipe, read_recipe
 
 PROMPTS = ["a", "ab", "c", "bc", "ca", "b", "cc"]
@@ -326,10 +328,12 @@ def test_what_no_reward_scored_is_left_out_and_counted(write, tmp_path):
     assert f"{28 - len(some)} completions that no reward scored" in summary.table("")
 
 
-def test_a_file_of_nothing_is_refused(write, tmp_path):
+def test_a_file_of_nothing_is_refused(write, tmp_path, caplog):
+    caplog.set_level("WARNING")
     with pytest.raises(DataError, match="no reward function gave a number"):
         collect(write(reward_funcs=[f"{HERE}:never"]), tmp_path / "rows.jsonl")
     assert not (tmp_path / "rows.jsonl").exists()
+    assert "All reward functions returned None" not in caplog.text, "TRL's, of each batch"
 
 
 def test_logp_is_left_out_where_more_than_a_temperature_shapes_the_sampling(write, tmp_path):
@@ -423,10 +427,12 @@ def test_two_rewards_of_one_name_have_two_columns(write, tmp_path):
           "max_completion_length": None}, {}, ConfigError,
          "trainer: sft samples nothing"),
         ({"rows": [{"prompt": "a", "reward": 1.0}]}, {}, DataError, "column 'reward'"),
+        ({"rows": [{"prompt": "a", "reward": 1.0, "group": 3}]}, {}, DataError,
+         "column 'reward', 'group'"),
         ({"rows": [{"prompt": "a", "image": "x"}]}, {}, DataError, "no images"),
         ({"rows": [{"prompt": "a", "completion": "x"}]}, {}, DataError, "'completion'"),
         ({"rows": [{"promt": "a"}]}, {}, DataError, "no column 'prompt'"),
-        ({}, {"split": "test"}, ConfigError, "no test split"),
+        ({}, {"split": "test"}, ConfigError, "test split is asked for"),
         ({}, {"split": "validation"}, ConfigError, "split='validation' must be one of train, test"),
         ({}, {"limit": 0}, ConfigError, "limit=0"),
         ({}, {"limit": True}, ConfigError, "limit=True"),
@@ -445,6 +451,40 @@ def test_a_stream_of_what_json_has_not_is_refused_before_the_model(write, tmp_pa
     prompts = {"dataset_name": str(tmp_path / "rows.parquet"), "dataset_streaming": True}
     with pytest.raises(DataError, match="bytes"):
         Collector(write(**prompts)).dataset("train")
+
+
+@pytest.mark.parametrize("texts", [["é", "a"], ["a", "é"]])
+def test_prompts_that_are_not_utf_8_are_refused_before_the_model(write, tmp_path, texts):
+    """Latin-1 passes for text until a row is looked at, the first one or a later one."""
+    recipe = write()
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "prompts.jsonl").write_bytes("\n".join(lines).encode("latin-1"))
+    with pytest.raises(DataError, match=r"not UTF-8.* `iconv"):
+        collect(recipe, tmp_path / "rows.jsonl")
+    assert not list(tmp_path.glob("rows.jsonl*"))
+
+
+def test_a_file_without_tied_weights_is_loaded_without_a_word(write, tmp_path, caplog):
+    """A tied head is not written; a key that is missing for another reason is said."""
+    config = LlamaConfig(
+        vocab_size=6, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, eos_token_id=0, pad_token_id=0, tie_word_embeddings=True,
+    )  # fmt: skip
+    for name in ("start", "moved"):
+        LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+        tabular_tokenizer(6).save_pretrained(tmp_path / name)
+    weights = load_file(tmp_path / "moved" / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    recipe = write(model_name_or_path=str(tmp_path / "start"))
+    caplog.set_level("WARNING")
+    Collector(recipe, policy=tmp_path / "moved").collect(tmp_path / "rows.jsonl", limit=1)
+    assert "missing keys" not in caplog.text
+    for row in rows_in(tmp_path / "rows.jsonl"):
+        assert row["logp"] == pytest.approx(log_prob(str(tmp_path / "moved"), row), abs=1e-4)
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "moved" / "model.safetensors")
+    assert Collector(recipe, policy=tmp_path / "moved").trainer
+    assert "missing keys" in caplog.text and "model.norm.weight" in caplog.text
 
 
 def test_a_file_that_exists_is_left_alone(write, tmp_path):

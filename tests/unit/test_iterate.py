@@ -334,7 +334,8 @@ def test_the_weights_of_a_fixed_reference_are_enumerated_ones(write, tmp_path):
         ({"push_to_hub": True}, "push_to_hub=True"),
         ({"baseline": "value"}, "needs the column 'value'"),
         ({"reward_funcs": None}, "needs a reward"),
-        ({"eval_on_start": True}, "no test split"),
+        ({"eval_on_start": True}, "test split is asked for"),
+        ({"min_effective_sample_size": 8.5}, "of num_generations=8 no more"),
     ],
 )
 def test_refusals_leave_nothing(write, tmp_path, settings, says):
@@ -352,6 +353,143 @@ def test_a_round_that_cannot_be_fitted_says_what_is_finished(write, tmp_path):
     assert (tmp_path / "run/round-1/completions.jsonl").is_file()
 
 
+@pytest.mark.parametrize(
+    ("column", "settings", "says"),
+    [
+        ({"weight": 1}, {}, "the column 'weight', which a fit does not take"),
+        ({"input_ids": [1]}, {}, "the column 'input_ids'"),
+        ({"value": None}, {"baseline": "value"}, "row 3: value is None"),
+    ],
+)
+def test_columns_that_a_fit_refuses_are_refused_before_sampling(
+    write, tmp_path, column, settings, says
+):
+    recipe = write(**settings)
+    rows = rows_in(tmp_path / "prompts.jsonl")
+    fine = {"value": 0.5} if settings else column
+    rows = [row | (fine if number < 3 else column) for number, row in enumerate(rows)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=says):
+        iterate(recipe, 1)
+    assert not (tmp_path / "run").exists()
+
+
+class Satisfied:
+    """`count_a` in the first round; from then on all is equally good, but what `apart` says."""
+
+    rounds_before = 1
+    calls = 0
+    apart: frozenset[int] = frozenset()
+
+    def __call__(self, completions: list[str], **kwargs) -> list[float]:
+        Satisfied.calls += 1
+        if Satisfied.calls <= 2:
+            return count_a(completions)
+        return [1.0 + (len(completions) in self.apart) * (i % 2) for i in range(len(completions))]
+
+
+def satisfied() -> Satisfied:
+    """A factory."""
+    return Satisfied()
+
+
+@pytest.fixture
+def stuck(write, tmp_path, monkeypatch):
+    """Two rounds asked for, of which the second has uniform groups only; its recipe."""
+    monkeypatch.setattr(Satisfied, "calls", 0)
+    settings = {"reward_funcs": [f"{HERE}:satisfied"]}
+    with pytest.raises(DataError) as error:
+        iterate(write(**settings), 2)
+    return partial(write, **settings), str(error.value)
+
+
+def test_a_round_of_uniform_groups_says_which_and_what_may_be_changed(stuck, tmp_path):
+    _, said = stuck
+    assert said.startswith("Round 2: train_dataset: no row is left. 4 groups have rewards")
+    first = tmp_path / "run/round-1"
+    assert f"1 of 2 rounds are finished, the policy of the last one is in {first}." in said
+    assert f"iterate {tmp_path / 'run/recipe.yaml'} --rounds 2 --resume KEY=VALUE" in said
+    assert "num_generations, temperature, and the round is collected anew" in said
+    assert "drop_uniform_groups, " in said and " fitted anew" in said
+    assert (first / "model.safetensors").is_file()
+
+
+def test_a_stuck_round_goes_on_with_another_fit_of_the_same_samples(stuck, tmp_path, capsys):
+    write, _ = stuck
+    samples = (tmp_path / "run/round-2/completions.jsonl").read_text()
+    first = (tmp_path / "run/round-1/model.safetensors").read_bytes()
+    calls = Satisfied.calls
+    rounds, _ = iterate(write(drop_uniform_groups=False), 2, resume=True)
+    assert [each.number for each in rounds] == [1, 2]
+    assert Satisfied.calls == calls, "nothing is collected again"
+    assert (tmp_path / "run/round-2/completions.jsonl").read_text() == samples
+    assert (tmp_path / "run/round-1/model.safetensors").read_bytes() == first
+    assert "drop_uniform_groups: false" in (tmp_path / "run/round-2/recipe.yaml").read_text()
+    assert "drop_uniform_groups" not in (tmp_path / "run/round-1/recipe.yaml").read_text()
+    assert "round-2 is fitted anew: another drop_uniform_groups" in capsys.readouterr().err
+
+
+def test_a_stuck_round_goes_on_with_other_samples(stuck, tmp_path, monkeypatch):
+    """Batches of 16 are all alike; of 4 completions a prompt there are 4 batches of 4 of them."""
+    write, _ = stuck
+    monkeypatch.setattr(Satisfied, "apart", frozenset({4}))
+    more = {"num_generations": 4, "per_device_eval_batch_size": 4}
+    rounds, _ = iterate(write(**more), 2, resume=True)
+    assert [each.number for each in rounds] == [1, 2]
+    assert len(rows_in(tmp_path / "run/round-2/completions.jsonl")) == 4 * 4
+    assert len(rows_in(tmp_path / "run/round-1/completions.jsonl")) == 4 * 8
+
+
+def test_another_setting_of_a_fit_does_not_go_on_from_its_checkpoint(write, tmp_path, monkeypatch):
+    """Killed in the second of two steps: the same setting takes one step more, another both."""
+    training_step, steps = OfflineRWRTrainer.training_step, []
+
+    def killed(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(OfflineRWRTrainer, "training_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        iterate(write(), 1)
+    assert (tmp_path / "run/round-1/checkpoint-1").is_dir()
+    iterate(write(learning_rate=1e-3), 1, resume=True)
+    assert len(steps) == 2 + 2
+    rates = [row.get("learning_rate") for row in rows_in(tmp_path / "run/round-1/metrics.jsonl")]
+    assert max(rate for rate in rates if rate is not None) == pytest.approx(1e-3)
+
+
+def test_the_temperature_stays_where_held_out_rewards_are_compared(write, tmp_path):
+    folder = save_byte_llama(tmp_path / "bytes")
+    settings = {
+        "model_name_or_path": folder, "dataset_name": "char_reverse", "eval_on_start": True,
+        "dataset_kwargs": {"size": 4, "eval_size": 3}, "reward_funcs": [f"{HERE}:distinct"],
+        "max_steps": 1,
+    }  # fmt: skip
+    iterate(write(**settings), 1)
+    with pytest.raises(ConfigError, match=r"temperature: was not set, now 1\.5"):
+        iterate(write(temperature=1.5, **settings), 2, resume=True)
+
+
+def test_repeated_rows_are_told_once_in_all_rounds(write, caplog):
+    """Eight completions of at most four tokens of six, of a model with strong preferences."""
+    caplog.set_level("WARNING")
+    iterate(write(max_steps=1, max_completion_length=1), 3)
+    assert sum("repeat a completion" in record.message for record in caplog.records) == 1
+
+
+def test_a_full_disk_between_two_parts_says_how_to_go_on(write, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device", "iterate.json")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "write", full)
+        with pytest.raises(RunError, match=r"(?s)No space left on device.*Go on with: .*--resume"):
+            iterate(write(max_steps=1), 1)
+    iterate(write(max_steps=1), 1, resume=True)
+
+
 def indifferent(completions: list[str], **kwargs) -> list[float]:
     """Likes all alike."""
     return [1.0] * len(completions)
@@ -366,7 +504,8 @@ def test_rounds_are_a_count(write, rounds):
 def test_another_recipe_does_not_go_on(write, tmp_path):
     iterate(write(max_steps=1), 1)
     before = (tmp_path / "run/recipe.yaml").read_text()
-    with pytest.raises(ConfigError, match=r"(?s)beta: was 0\.1, now 0\.2.* iterate .*--resume"):
+    goes_on = f"iterate {tmp_path / 'run/recipe.yaml'} --rounds 2 --resume"
+    with pytest.raises(ConfigError, match=rf"(?s)beta: was 0\.1, now 0\.2.* {goes_on}"):
         iterate(write(max_steps=1, beta=0.2), 2, resume=True)
     assert (tmp_path / "run/recipe.yaml").read_text() == before
     with pytest.raises(RunError, match="holds another run"):

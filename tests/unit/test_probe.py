@@ -129,11 +129,11 @@ def test_prompts_are_the_longest_and_no_completion_ends_early(model_path, tmp_pa
 
     class Probe(LongestBatchFirst):
         def on_train_begin(self, args, state, control, **kwargs):
-            self.took = probe(self.trainer)
-            self.states = len(self.trainer.optimizer.state)
-            self.gradients = [p.grad for p in self.trainer.model.parameters()]
-            self.buffered = self.trainer._buffered_inputs
-            self.is_spent = self.trainer._rollout_is_spent
+            self.took = probe(trainer)
+            self.states = len(trainer.optimizer.state)
+            self.gradients = [p.grad for p in trainer.model.parameters()]
+            self.buffered = trainer._buffered_inputs
+            self.is_spent = trainer._rollout_is_spent
             control.should_training_stop = True
 
     first = Probe(trainer)

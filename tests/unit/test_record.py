@@ -1,4 +1,6 @@
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -122,3 +124,30 @@ def test_steps_that_are_taken_again_are_forgotten(tmp_path):
     assert [row["step"] for row in record.rows(METRICS)] == [1, 2]
     record.forget_after(-1)
     assert record.rows(METRICS) == []
+
+
+@pytest.mark.parametrize("written", [1, 2, 3])
+def test_killed_while_it_begins_a_folder_is_free_or_a_run(tmp_path, monkeypatch, written):
+    """Killed before the file of this number takes its place, of environment, recipe and metrics."""
+    record = RunRecord(tmp_path / "run")
+    record.output_dir.mkdir()
+    places = []
+
+    def replace(path, target):
+        places.append(target.name)
+        if len(places) == written:
+            raise KeyboardInterrupt
+        os.replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        record.describe("trainer: rwr\n")
+        record.append(METRICS, {"step": 1})
+        record.forget_after(1)
+    assert places == ["environment.json", "recipe.yaml", METRICS][:written]
+    assert record.is_run == (written == 3)
+    record.check_free(resume=record.is_run, overwrite=False)
+    assert record.rows(METRICS) == ([{"step": 1}] if written == 3 else [])
+    (record.output_dir / "thesis.txt").write_text("mine")
+    with pytest.raises(RunError, match="holds"):
+        record.check_free(resume=False, overwrite=False)

@@ -7,6 +7,7 @@ import argparse
 import difflib
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -42,7 +43,7 @@ COMMANDS = {
     "env": "Print versions and devices, for a bug report.",
 }
 _TAKE_OVERRIDES = ("train", "collect", "iterate", "validate", "plan", "show")
-_INPUT_ERRORS = (ConfigError, DataError, MissingDependencyError, PluginError, UnknownNameError)
+INPUT_ERRORS = (ConfigError, DataError, MissingDependencyError, PluginError, UnknownNameError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,9 +108,9 @@ def _report(error: BaseException) -> int:
         return 1
     if isinstance(error, KeyboardInterrupt):
         print("Interrupted.", file=sys.stderr)
-        return 130
+        return 128 + getattr(error, "signal", signal.SIGINT)
     print(f"Error: {error}", file=sys.stderr)
-    return 2 if isinstance(error, _INPUT_ERRORS) else 1
+    return 2 if isinstance(error, INPUT_ERRORS) else 1
 
 
 def _parser() -> argparse.ArgumentParser:

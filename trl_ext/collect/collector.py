@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from trl_ext.build import build_from, parts_of
 from trl_ext.collect.forms import FORMS, Row, groups_of
+from trl_ext.collect.messages import without_tied, without_unscored
 from trl_ext.collect.prompts import (
     Prompts,
     batches_of,
@@ -111,7 +112,8 @@ class Collector:
                 "accelerate_config out; num_processes=N shares the prompts."
             )
         if self.policy is not None:
-            load_weights(trainer, self.policy)
+            with without_tied(trainer.model):
+                load_weights(trainer, self.policy)
         return trainer
 
     def dataset(self, split: str) -> Prompts:
@@ -145,7 +147,7 @@ class Collector:
             check_output(output, force)
         about = self._about(dataset, split, limit, series)
         samples = Samples(output, about, force=force) if is_first_process() else None
-        with samples.kept() if samples else nullcontext():
+        with samples.kept() if samples else nullcontext(), without_unscored():
             self._sample(dataset, limit, series, samples)
         if samples is None:
             return self._told(None)
@@ -188,8 +190,9 @@ class Collector:
         total = length_of(dataset, limit)
         if total is not None and done >= total * self.group:
             return
+        shows = is_first_process() and sys.stderr.isatty() and not self.config.disable_tqdm
         with tqdm(
-            desc="sampled", unit=" prompts", total=total, initial=first, disable=not self._shows
+            desc="sampled", unit=" prompts", total=total, initial=first, disable=not shows
         ) as bar:
             for number, rows in batches_of(dataset, first, limit, size):
                 found = self._batch(number, rows, series)
@@ -197,10 +200,6 @@ class Collector:
                     samples.write(found[is_there:])
                 is_there = 0
                 bar.update(len(rows))
-
-    @property
-    def _shows(self) -> bool:
-        return is_first_process() and sys.stderr.isatty() and not self.config.disable_tqdm
 
     def _batch(self, number: int, rows: list[Row], series: int) -> list[Row]:
         """The completions of all processes for the prompts `number` to `number` + len(rows)."""

@@ -10,6 +10,7 @@ from datasets import Dataset, IterableDataset
 from trl_ext.collect.forms import ADDED, FORMS, WRITTEN, Row
 from trl_ext.errors import ConfigError, DataError
 from trl_ext.gibbs_prm.row_values import line_of
+from trl_ext.rwr.logged import as_utf8
 
 Prompts = Dataset | IterableDataset
 SPLITS = ("train", "test")
@@ -37,14 +38,15 @@ def check_rows(dataset: Prompts, split: str) -> None:
     Raises:
         DataError: if a column has the name of one that is written, or holds what JSON has not.
     """
-    first = next(iter(dataset), None)
+    with as_utf8(f"The {split} split"):
+        first = next(iter(dataset), None)
     if first is None:
         raise DataError(f"The {split} split has no rows: there is nothing to sample for.")
     clash = [name for name in first if name in (*WRITTEN, *ADDED)]
     if clash:
         raise DataError(
-            f"The {split} split has the column {clash[0]!r}, which is written beside the "
-            f"completions. Rename it, or leave it out. Written are: "
+            f"The {split} split has the column {', '.join(map(repr, clash))}, which is written "
+            "beside the completions. Rename it, or leave it out. Written are: "
             f"{', '.join(sorted((*WRITTEN, *ADDED)))}."
         )
     images = [name for name in _IMAGES if name in first]
@@ -91,6 +93,7 @@ def digest_of(dataset: Prompts, limit: int | None) -> str | None:
     if isinstance(dataset, IterableDataset):
         return None
     digest = hashlib.sha256()
-    for row in _rows(dataset, 0, limit):
-        digest.update(line_of(row).encode())
+    with as_utf8("The dataset"):
+        for row in _rows(dataset, 0, limit):
+            digest.update(line_of(row).encode())
     return f"{length_of(dataset, limit)}, sha256 {digest.hexdigest()[:16]}"

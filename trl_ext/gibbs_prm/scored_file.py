@@ -47,15 +47,23 @@ def partial_of(output: Path) -> Path:
 
 
 def check_output(output: Path, force: bool) -> None:
-    """Whether an output can be written, before there is something to write.
+    """Whether an output can be written, before there is something to write; makes its folder.
 
     Raises:
         ConfigError: if not.
     """
     if output.suffix.lower() not in ENDINGS:
         raise ConfigError(f"{output}: the ending must be one of {', '.join(ENDINGS)}.")
-    if output.is_dir() or partial_of(output).is_dir() or not output.parent.is_dir():
-        raise ConfigError(f"{output} cannot be written. Name a file in a folder that exists.")
+    for path in (output, partial_of(output)):
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{output} cannot be written: {path} is no file. Name a file.")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{output} cannot be written: there is no folder {output.parent}, nor can it be made "
+            f"({error.strerror}). Name a file in a folder of yours."
+        ) from error
     if not os.access(output.parent, os.W_OK):
         raise ConfigError(f"{output}: you may not write there. Name a file in a folder of yours.")
     if os.path.lexists(output) and not force:

@@ -1,17 +1,24 @@
 """Which recipes can be iterated, and the recipe of the fit of one round."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
+from datasets import Dataset
 
 from trl_ext.build import config_of
+from trl_ext.collect import Collector
 from trl_ext.collect.settings import OFFLINE
-from trl_ext.errors import ConfigError
+from trl_ext.errors import ConfigError, DataError
+from trl_ext.gibbs_prm.row_values import is_number
+from trl_ext.iterate.progress import COMPLETIONS
 from trl_ext.recipe import Recipe
 from trl_ext.recipe.yaml_reader import write_yaml
 from trl_ext.record import RECIPE
 from trl_ext.registry import TRAINERS
+from trl_ext.resume import check_same_run
+from trl_ext.rwr.offline_data import TAKEN
 
 # Of the prompts, their rewards and the held-out evaluation: a fit sees rows that have all that.
 _NOT_OF_A_FIT = (
@@ -28,6 +35,19 @@ _NOT_OF_A_FIT = (
     "reward_model_name_or_path",
     "reward_timeout",
     "reward_weights",
+)
+# What a round that is not finished may be gone on with another value of: what its samples come
+# from, and what only its fit reads. The target, which all rounds share, is not among them.
+_OF_SAMPLES = ("num_generations", "temperature")
+_OF_FITS = (
+    "drop_uniform_groups",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "max_length",
+    "max_weight",
+    "min_effective_sample_size",
+    "per_device_train_batch_size",
+    "reward_threshold",
 )
 
 
@@ -60,6 +80,12 @@ def check_iterates(recipe: Recipe) -> None:
             "beta=0 with reference: fixed: best of n has no importance weights. Use beta > 0, or "
             "reference: moving, which takes the best of n in every round."
         )
+    least = config.min_effective_sample_size
+    if config.baseline == "group" and least is not None and least > config.num_generations:
+        found.append(
+            f"min_effective_sample_size={least:g}: of num_generations={config.num_generations} no "
+            "more than these can be effective. Lower it, or raise num_generations."
+        )
     if config.importance_weights:
         found.append(
             "importance_weights=True: reference says which weights a round has. Remove it, and set "
@@ -73,6 +99,82 @@ def check_iterates(recipe: Recipe) -> None:
         found.append("push_to_hub=True would push each round. Remove it, and push the last one.")
     if found:
         raise ConfigError("\n".join([f"{recipe.path}:", *(f"  {reason}" for reason in found)]))
+
+
+def check_prompts(collector: Collector) -> None:
+    """Whether the prompts have beside them what a fit needs, and nothing that it refuses.
+
+    Raises:
+        ConfigError, DataError: if not; before anything is sampled.
+    """
+    dataset = collector.dataset("train")
+    first = next(iter(dataset))
+    for column, reason in TAKEN.items():
+        if column in first:
+            raise DataError(
+                f"The train split has the column {column!r}, which a fit does not take: {reason}. "
+                "Rename or remove it."
+            )
+    if collector.first.values.get("baseline") != "value":
+        return
+    if "value" not in first:
+        raise ConfigError(
+            f"baseline: value needs the column 'value', and the dataset has {', '.join(first)}. "
+            "Add it, or use baseline: group."
+        )
+    for number, value in enumerate(dataset["value"] if isinstance(dataset, Dataset) else ()):
+        if not is_number(value):
+            raise DataError(
+                f"The train split, row {number}: value is {value!r:.80}; with baseline: value it "
+                "must be a finite number in every row."
+            )
+
+
+def may_change(recipe: Recipe) -> dict[str, tuple[str, ...]]:
+    """What an unfinished round may be gone on with: done anew by it -> keys.
+
+    Rewards of held-out prompts are compared over rounds, and depend on the temperature.
+    """
+    compared = evaluates(recipe)
+    of_samples = tuple(key for key in _OF_SAMPLES if not compared or key != "temperature")
+    return {"collected": of_samples, "fitted": _OF_FITS}
+
+
+def check_goes_on(recipe: Recipe, output_dir: Path, rounds: int) -> None:
+    """Whether a recipe is that of the rounds in `output_dir`, but for what may change.
+
+    Raises:
+        ConfigError: if not; it lists every key.
+    """
+    check_same_run(
+        recipe,
+        output_dir / "iterate.json",
+        command="iterate",
+        flags=f"--rounds {rounds} --resume",
+        may_change=sum(may_change(recipe).values(), ()),
+    )
+
+
+def begin_anew(recipe: Recipe, output_dir: Path, folder: Path) -> str | None:
+    """Remove of an unfinished round what was made with other settings; what to say of it.
+
+    Args:
+        recipe: that goes on; the one before is in `output_dir`.
+        output_dir: of all rounds.
+        folder: of the unfinished round.
+    """
+    file = output_dir / RECIPE
+    if not (file.is_file() and folder.is_dir()):
+        return None
+    before, now = (yaml.safe_load(text) for text in (file.read_text(), recipe.to_yaml()))
+    for done, keys in may_change(recipe).items():
+        changed = [key for key in keys if before.get(key) != now.get(key)]
+        if changed:
+            for path in folder.iterdir():
+                if done == "collected" or not path.name.startswith(COMPLETIONS):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            return f"{folder.name} is {done} anew: another {', '.join(changed)}"
+    return None
 
 
 def write_fit_recipe(recipe: Recipe, folder: Path, completions: Path, policy: Path | None) -> None:

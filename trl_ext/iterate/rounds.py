@@ -9,14 +9,22 @@ from accelerate import PartialState
 
 from trl_ext.build import config_of
 from trl_ext.collect import Collector
+from trl_ext.collect.messages import said_once
 from trl_ext.environment import command_name
-from trl_ext.errors import ConfigError, TrlExtError
+from trl_ext.errors import ConfigError, DataError, RunError, TrlExtError
 from trl_ext.iterate.progress import COMPLETIONS, Progress, Round
-from trl_ext.iterate.recipes import check_iterates, evaluates, write_fit_recipe
+from trl_ext.iterate.recipes import (
+    begin_anew,
+    check_goes_on,
+    check_iterates,
+    check_prompts,
+    evaluates,
+    may_change,
+    write_fit_recipe,
+)
 from trl_ext.launch import check_kept, silence_what_no_user_can_mend, train_in
 from trl_ext.recipe import Recipe, read_recipe
 from trl_ext.record import RECIPE, RunRecord, is_first_process, last_checkpoint
-from trl_ext.resume import check_same_run
 
 
 def iterate(
@@ -51,12 +59,16 @@ def iterate(
     record.check_free(resume=resume, overwrite=overwrite)
     check_kept(recipe, output_dir, overwrite)
     if resume:
-        _check_same(recipe, output_dir)
+        check_goes_on(recipe, output_dir, rounds)
+    progress = Progress(output_dir, writes=record.writes)
     with record.begun(overwrite=overwrite):
         collector = Collector(recipe, held_out=evaluates(recipe))
-        _check_value(collector)
+        check_prompts(collector)
+        unfinished = progress.folder(progress.finished() + 1)
+        if record.writes and (anew := begin_anew(recipe, output_dir, unfinished)):
+            print(anew, file=sys.stderr, flush=True)
         record.describe(recipe.to_yaml())
-    return _Rounds(recipe, rounds, Progress(output_dir, writes=record.writes)).run(collector)
+    return _Rounds(recipe, rounds, progress).run(collector)
 
 
 class _Rounds:
@@ -77,19 +89,26 @@ class _Rounds:
     def run(self, collector: Collector) -> tuple[list[Round], str]:
         done = self.progress.finished()
         try:
-            self.progress.write(self._asked, done)
-            for number in range(done + 1, self.rounds + 1):
-                self._round(number, collector)
-                collector = self._collector(number)
-                self.progress.write(self._asked, number)
-            if done == self.rounds:
-                collector = self._collector(done)
-            self._sample_held_out(self.rounds, collector)
+            with said_once("trl_ext.rwr.offline_data"):
+                return self._run(collector, done)
         except KeyboardInterrupt:
             self._say(self._how_to_go_on())
             raise
-        except TrlExtError as error:
-            raise type(error)(f"{error}\n{self._how_to_go_on()}") from error
+        except (TrlExtError, OSError) as error:
+            kind = type(error) if isinstance(error, TrlExtError) else RunError
+            number = self.progress.finished() + 1
+            where = f"Round {number}: " if number <= self.rounds else ""
+            raise kind(f"{where}{error}\n{self._how_to_go_on(error)}") from error
+
+    def _run(self, collector: Collector, done: int) -> tuple[list[Round], str]:
+        self.progress.write(self._asked, done)
+        for number in range(done + 1, self.rounds + 1):
+            self._round(number, collector)
+            collector = self._collector(number)
+            self.progress.write(self._asked, number)
+        if done == self.rounds:
+            collector = self._collector(done)
+        self._sample_held_out(self.rounds, collector)
         self._everyone()
         collector.forget()
         finished = self.progress.write(self._asked, self.rounds)
@@ -152,26 +171,16 @@ class _Rounds:
         if self.progress.writes:
             print(text, file=sys.stderr, flush=True)
 
-    def _how_to_go_on(self) -> str:
+    def _how_to_go_on(self, error: Exception | None = None) -> str:
         finished, output_dir = self.progress.finished(), self.progress.output_dir
+        policy = self.progress.policy(finished)
+        left = f", the policy of the last one is in {policy}" if policy else ""
         command = f"{command_name()} iterate {output_dir / RECIPE} --rounds {self.rounds} --resume"
-        return f"{finished} of {self.rounds} rounds are finished. Go on with: {command}"
-
-
-def _check_same(recipe: Recipe, output_dir: Path) -> None:
-    """As `trl_ext train --resume` refuses another recipe; with this command's name."""
-    try:
-        check_same_run(recipe, output_dir / "iterate.json")
-    except ConfigError as error:
-        file = output_dir / RECIPE
-        raise ConfigError(str(error).replace(f" train {file}", f" iterate {file}")) from error
-
-
-def _check_value(collector: Collector) -> None:
-    """Whether `baseline: value` finds its column, before anything is sampled."""
-    first = next(iter(collector.dataset("train")))
-    if collector.first.values.get("baseline") == "value" and "value" not in first:
-        raise ConfigError(
-            f"baseline: value needs the column 'value', and the dataset has {', '.join(first)}. "
-            "Add it, or use baseline: group."
-        )
+        text = f"{finished} of {self.rounds} rounds are finished{left}. Go on with: {command}"
+        if not isinstance(error, DataError | ConfigError):
+            return text
+        ways = [
+            f"{', '.join(keys)}, and the round is {done} anew"
+            for done, keys in may_change(self.recipe).items()
+        ]
+        return f"{text} KEY=VALUE\nKEY may be {'; or '.join(ways)}."

@@ -1,16 +1,22 @@
 """Several reward models as adapters of one base, which is in memory once."""
 
-from pathlib import Path
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from trl_ext.bundled import resolve_model
 from trl_ext.errors import ConfigError
 from trl_ext.functional.ensemble import Combine
-from trl_ext.rewards.ensemble import check_combination, combined, log_disagreement
+from trl_ext.models.damage import Unreadable, reading_files
+from trl_ext.models.quiet import quiet_loading
+from trl_ext.rewards.ensemble import combined, log_disagreement
+from trl_ext.trl_reward_adapter import appends_eos
 
 
 class AdapterEnsemble:
@@ -45,13 +51,13 @@ class AdapterEnsemble:
         return combined(scores, self.combine, self.penalty)
 
 
-def open_adapters(base: Any, adapters: Any, combine: Any, penalty: Any) -> tuple[PeftModel, str]:
-    """The base with every adapter and its head, and the path of their tokenizer.
+def open_adapters(base: Any, adapters: Any, append_eos: bool | None) -> tuple[PeftModel, str, bool]:
+    """The base with every adapter and its head, their tokenizer's path, and their `append_eos`.
 
     Raises:
-        ConfigError: if one cannot be opened, is of another base or task, or has no trained head.
+        ConfigError: if one cannot be opened, is of another base or task, or has no trained head; or
+            `append_eos` is None and they learned different forms.
     """
-    check_combination("reward_model", combine, penalty)
     if not _are_paths(adapters) or not (base is None or isinstance(base, str)):
         raise ConfigError(
             f"reward_model: adapters is {adapters!r} and model {base!r}; give a list of adapters' "
@@ -59,12 +65,44 @@ def open_adapters(base: Any, adapters: Any, combine: Any, penalty: Any) -> tuple
         )
     configs = {adapter: _config(adapter) for adapter in adapters}
     path = resolve_model(base or _common_base(configs))
+    beside = {adapter: tokenizer_config(adapter) for adapter in adapters}
+    if append_eos is None:
+        append_eos = _common_form(beside)
     opened, missing = _opened(path)
     for number, adapter in enumerate(adapters):
         _check_head(adapter, missing, path)
         opened = _with_adapter(opened, adapter, str(number))
-    beside = [a for a in adapters if (Path(a) / "tokenizer_config.json").exists()]
-    return opened.eval(), (beside or [path])[0]
+    with_tokenizer = [adapter for adapter, config in beside.items() if config]
+    return opened.eval(), (with_tokenizer or [path])[0], append_eos
+
+
+def tokenizer_config(path: str) -> dict[str, Any]:
+    """What lies in the tokenizer_config.json of a model or adapter; nothing without one.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    with opening(f"The tokenizer_config.json beside {path!r} cannot be read"):
+        return get_tokenizer_config(path)
+
+
+@contextmanager
+def opening(failure: str) -> Iterator[None]:
+    """Opens files of models without a word but an error's: what is missing is checked here.
+
+    Raises:
+        ConfigError: if they cannot be opened; `failure`, and why.
+    """
+    report = logging.getLogger("transformers")
+    level = report.level
+    report.setLevel(logging.ERROR)
+    try:
+        with quiet_loading(), reading_files():
+            yield
+    except Unreadable as error:
+        raise ConfigError(f"{failure}: {error}.") from error
+    finally:
+        report.setLevel(level)
 
 
 def _are_paths(adapters: Any) -> bool:
@@ -73,12 +111,8 @@ def _are_paths(adapters: Any) -> bool:
 
 
 def _config(adapter: str) -> PeftConfig:
-    try:
+    with opening(f"The adapter {adapter!r} cannot be opened"):
         config = PeftConfig.from_pretrained(adapter)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"The adapter {adapter!r} cannot be opened: {str(error).strip().splitlines()[0]}"
-        ) from error
     if config.task_type != "SEQ_CLS":
         raise ConfigError(
             f"The adapter {adapter!r} is for the task {config.task_type!r}; one of a reward model "
@@ -99,24 +133,35 @@ def _common_base(configs: dict[str, PeftConfig]) -> str:
     return first
 
 
+def _common_form(beside: dict[str, dict[str, Any]]) -> bool:
+    """Whether texts are read with the end token behind them."""
+    learned = {adapter: appends_eos(config) for adapter, config in beside.items()}
+    if len(set(learned.values())) > 1:
+        one = next(adapter for adapter, appends in learned.items() if appends)
+        other = next(adapter for adapter, appends in learned.items() if not appends)
+        raise ConfigError(
+            f"The adapter {one!r} learned texts with the end token behind them, and {other!r} did "
+            "not, or does not say. Say append_eos: true or false, for all of them."
+        )
+    return all(learned.values())
+
+
 def _opened(path: str) -> tuple[Any, set[str]]:
     """The base, and the names of its weights that are nowhere but in an adapter."""
     from transformers import AutoModelForSequenceClassification
 
-    try:
+    as_what = "cannot be opened as a model with one label"
+    with opening(f"The base {path!r} of the reward adapters {as_what}"):
         opened, info = AutoModelForSequenceClassification.from_pretrained(
             path, num_labels=1, dtype="auto", output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(
-            f"The base {path!r} of the reward adapters cannot be opened as a model with one label: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from error
     return opened, set(info["missing_keys"])
 
 
 def _check_head(adapter: str, missing: set[str], base: str) -> None:
-    lacking = sorted(missing - {_in_base(key) for key in load_peft_weights(adapter, device="cpu")})
+    with opening(f"The weights of the adapter {adapter!r} cannot be opened"):
+        weights = load_peft_weights(adapter, device="cpu")
+    lacking = sorted(missing - {_in_base(key) for key in weights})
     if lacking:
         raise ConfigError(
             f"The adapter {adapter!r} has no {', '.join(lacking)} and its base {base!r} has none "
@@ -130,12 +175,8 @@ def _in_base(key: str) -> str:
 
 
 def _with_adapter(opened: Any, adapter: str, name: str) -> PeftModel:
-    try:
+    with opening(f"The adapter {adapter!r} does not fit its base"):
         if not isinstance(opened, PeftModel):
             return PeftModel.from_pretrained(opened, adapter, adapter_name=name)
         opened.load_adapter(adapter, adapter_name=name)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(
-            f"The adapter {adapter!r} does not fit its base: {str(error).strip().splitlines()[0]}"
-        ) from error
-    return opened
+        return opened

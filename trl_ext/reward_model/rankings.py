@@ -2,19 +2,17 @@
 
 import difflib
 import logging
-import math
-from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from trl.data_utils import get_dataset_column_names
 
 from trl_ext.errors import DataError
+from trl_ext.reward_model.rows import WrongRow, check_number, paired, ranked
+from trl_ext.trl_reward_adapter import TOKENISED
 
 logger = logging.getLogger(__name__)
 
-TOKENISED = ("ranking_ids", "chosen_ids", "chosen_input_ids")
 _FORMS = (
     "A row has prompt, completions and ranks (1 is the best) or scores (higher is better), or "
     "prompt, chosen and rejected, or chosen and rejected with the prompt in both"
@@ -50,16 +48,17 @@ def comparisons(dataset: Any, name: str, *, loss_type: str, order_effect: bool) 
         raise DataError(f"The dataset {name} is empty: it has no row to learn from.")
     columns = get_dataset_column_names(dataset)
     if any(column in columns for column in TOKENISED):
+        _check_tokenised(columns, name)
         return dataset
     _check_columns(columns, name, loss_type, order_effect)
-    reading = _ranked if "completions" in columns else _paired
+    reading = ranked if "completions" in columns else paired
 
     def checked(row: dict[str, Any], index: int) -> dict[str, Any]:
         try:
             if "margin" in row:
-                _check_number(row["margin"], "margin", "a finite number, in reward units")
+                check_number(row["margin"], "margin", "a finite number, in reward units")
             return reading(row)
-        except _WrongRow as error:
+        except WrongRow as error:
             raise DataError(f"The dataset {name}, row {index}: {error}") from None
 
     kept = dataset.map(checked, with_indices=True).filter(_compares)
@@ -71,8 +70,27 @@ def comparisons(dataset: Any, name: str, *, loss_type: str, order_effect: bool) 
     return kept
 
 
-class _WrongRow(Exception):
-    """What is wrong with a row; it becomes a `DataError` with the number of the row."""
+def preference_pairs(dataset: Any, name: str) -> Any:
+    """The rows of `chosen` and `rejected` that differ, checked: for a trainer of pairs alone.
+
+    Args:
+        dataset: rows as TRL takes them; one that is tokenised is given back as it is.
+        name: what errors call it.
+
+    Returns:
+        A dataset of the same kind.
+
+    Raises:
+        DataError: as `comparisons`, and if it holds rankings.
+    """
+    columns = get_dataset_column_names(dataset)
+    if "completions" in columns and not {"chosen", "rejected"} <= {*columns}:
+        raise DataError(
+            f"The dataset {name} has the columns {', '.join(columns)}, and a trainer of pairs "
+            "takes prompt, chosen and rejected. Make a row of each pair; trainer: reward takes "
+            "rankings as they are."
+        )
+    return comparisons(dataset, name, loss_type="bradley_terry", order_effect=False)
 
 
 def _check_columns(columns: list[str], name: str, loss_type: str, order_effect: bool) -> None:
@@ -104,6 +122,20 @@ def _check_columns(columns: list[str], name: str, loss_type: str, order_effect: 
         )
 
 
+def _check_tokenised(columns: list[str], name: str) -> None:
+    forms = (
+        ("ranking_ids", "ranks"),
+        ("chosen_ids", "rejected_ids"),
+        ("chosen_input_ids", "rejected_input_ids"),
+    )
+    if not any({*form} <= {*columns} for form in forms):
+        raise DataError(
+            f"The dataset {name} is tokenised, and its columns are {', '.join(columns)}; it must "
+            f"have {', or '.join(' and '.join(form) for form in forms)}. Add the one that is not "
+            "there, or give texts."
+        )
+
+
 def _nearest(columns: list[str]) -> str:
     wanted = ("completions", "ranks", "scores", "chosen", "rejected", "prompt")
     for name in (name for name in wanted if name not in columns):
@@ -111,86 +143,6 @@ def _nearest(columns: list[str]) -> str:
         if close:
             return f" Did you mean to rename {close[0]!r} to {name!r}?"
     return ""
-
-
-def _ranked(row: dict[str, Any]) -> dict[str, Any]:
-    """A checked ranking: its `ranks`."""
-    kind, completions = _kind(row["prompt"], "prompt"), row["completions"]
-    if not isinstance(completions, list):
-        raise _WrongRow(f"completions is {_short(completions)}; it must be a list of completions.")
-    for k, completion in enumerate(completions):
-        if _kind(completion, f"completion {k}") != kind:
-            raise _WrongRow(
-                f"completion {k} is {_short(completion)}, and the prompt is {kind}. Write both in "
-                "one way."
-            )
-    standings = []
-    if row.get("ranks") is not None:
-        ranks = _numbers(row["ranks"], "ranks", "rank", len(completions))
-        standings.append(_standings(ranks))
-    if row.get("scores") is not None:
-        scores = _numbers(row["scores"], "scores", "score", len(completions))
-        standings.append(_standings([-score for score in scores]))
-    if not standings:
-        raise _WrongRow("it has neither ranks nor scores. Leave out rows that nobody ranked.")
-    if standings[0] != standings[-1]:
-        raise _WrongRow(
-            f"ranks {row['ranks']} and scores {row['scores']} order the completions differently: 1 "
-            "is the best rank, and a higher score is better. Remove the column that is wrong."
-        )
-    return {"ranks": standings[0]}
-
-
-def _paired(row: dict[str, Any]) -> dict[str, Any]:
-    """A checked pair; nothing is added to it."""
-    names = [name for name in ("prompt", "chosen", "rejected") if name in row]
-    kinds = {name: _kind(row[name], name) for name in names}
-    if len(set(kinds.values())) > 1:
-        told = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
-        raise _WrongRow(f"its parts are of different kinds: {told}. Write them in one way.")
-    return {}
-
-
-def _kind(value: Any, what: str) -> str:
-    """What a prompt or completion is written as."""
-    if isinstance(value, str):
-        return "a text"
-    if isinstance(value, list) and value and all(map(_is_message, value)):
-        return "messages"
-    raise _WrongRow(
-        f"the {what} is {_short(value)}; it must be a text, or a list of messages with role and "
-        "content."
-    )
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and "role" in value and "content" in value
-
-
-def _numbers(values: Any, column: str, what: str, completions: int) -> list[float]:
-    if not isinstance(values, list) or len(values) != completions:
-        size = f"{len(values)} {column}" if isinstance(values, list) else f"{column} {values!r}"
-        raise _WrongRow(
-            f"it has {completions} completions and {size}; each completion needs one {what}."
-        )
-    for k, value in enumerate(values):
-        _check_number(value, f"{what} of completion {k}", "a finite number")
-        if what == "rank" and value < 1:
-            raise _WrongRow(
-                f"the rank of completion {k} is {value!r}; ranks count from 1, the best. Numbers "
-                "of which higher is better belong into the column 'scores'."
-            )
-    return values
-
-
-def _check_number(value: Any, what: str, allowed: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise _WrongRow(f"the {what} is {_short(value)}; it must be {allowed}.")
-
-
-def _standings(values: Sequence[float]) -> list[float]:
-    """1 + how many are lower, of each."""
-    return [1.0 + sum(other < value for other in values) for value in values]
 
 
 def _compares(row: dict[str, Any]) -> bool:
@@ -226,8 +178,3 @@ def _check_both_orders(rankings: Dataset, name: str) -> None:
         "order cannot be told from the quality. Give the completions in the order in which they "
         "were shown, or set order_effect to false."
     )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

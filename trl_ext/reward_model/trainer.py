@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -18,12 +17,13 @@ from trl_ext.bundled import resolve_model
 from trl_ext.errors import ConfigError, DataError, RunError
 from trl_ext.functional import centering_loss, pairwise_loss, plackett_luce_loss
 from trl_ext.models.adapter import keep_nf4_gradients_on_cpu
+from trl_ext.options import own_config
 from trl_ext.reward_model.collator import ComparisonCollator
 from trl_ext.reward_model.config import RewardConfig
 from trl_ext.reward_model.head import keep_head, with_head
 from trl_ext.reward_model.judging import Judge, comparison_metrics
 from trl_ext.reward_model.rankings import comparisons
-from trl_ext.trl_reward_adapter import ComparisonTrainer
+from trl_ext.trl_reward_adapter import ComparisonTrainer, note_form
 
 __all__ = ["RewardConfig", "RewardTrainer"]
 
@@ -83,7 +83,7 @@ class RewardTrainer(ComparisonTrainer):
         **trl_arguments: Any,
     ):
         model = resolve_model(model) if isinstance(model, str) else model
-        args = _own_config(model, args)
+        args = own_config(RewardConfig, "RewardTrainer", model, args)
         if train_dataset is None:
             raise DataError(
                 "RewardTrainer needs a train_dataset, got None. Give a datasets.Dataset of "
@@ -106,6 +106,7 @@ class RewardTrainer(ComparisonTrainer):
             keep_head(self.model)
         keep_nf4_gradients_on_cpu(self.model)
         self.data_collator = _own_collator(self.data_collator)
+        note_form(self.processing_class, train_dataset)
         self.order_effect: nn.Parameter | None = None
         if args.order_effect:
             if self.is_fsdp_enabled:
@@ -231,19 +232,6 @@ _ONE_NUMBER = (
     "order_effect is one number, and {what} shards what is trained. Use one process a device "
     "(DDP), or set order_effect to false."
 )
-
-
-def _own_config(model: Any, args: RewardConfig | None) -> RewardConfig:
-    if args is None:
-        name = model if isinstance(model, str) else model.config._name_or_path
-        return RewardConfig(f"{os.path.basename(name)}-Reward")
-    if not isinstance(args, RewardConfig):
-        raise ConfigError(
-            f"RewardTrainer takes args of type RewardConfig, got {type(args).__name__} of "
-            f"{type(args).__module__.partition('.')[0]}. Build it as trl_ext.RewardConfig(...): it "
-            "has the same fields and adds its own."
-        )
-    return args
 
 
 def _check_order_effect(args: RewardConfig, trl_arguments: Mapping[str, Any]) -> None:

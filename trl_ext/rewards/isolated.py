@@ -24,8 +24,9 @@ class IsolatedReward:
 
     A completion that hangs, crashes the process or fills its memory gets `failure_reward`, a
     warning names it, and the process is replaced. An exception of the reward is a `RewardError` as
-    ever. What the reward logs by `log_metric` arrives; `log_extra` writes nothing. The metric
-    `<reward>/not_scored` is the share of a batch that got `failure_reward`.
+    ever. What the reward logs by `log_metric` and `log_extra` arrives; the cell of a completion for
+    which it logged nothing is empty. The metric `<reward>/not_scored` is the share of a batch that
+    got `failure_reward`.
 
     Args:
         entry: the reward as in `reward_funcs`, a name or a mapping. It is made in the process, so
@@ -46,7 +47,12 @@ class IsolatedReward:
         failure_reward: float | None = None,
     ):
         given = {"name": entry} if isinstance(entry, str) else entry
-        name = str(given.get("name"))
+        if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
+            raise ConfigError(
+                f"An isolated reward is given as {cut(entry)}; it is made in another process, so "
+                "that it must be a name, such as 'package.module:object', or a mapping with 'name'."
+            )
+        name = given["name"]
         _check_options(name, timeout, failure_reward)
         self.entry = {**given, "isolated": False}  # in its process it is an ordinary reward
         self.timeout, self.failure_reward = timeout, failure_reward
@@ -60,6 +66,7 @@ class IsolatedReward:
         loggers = [name for name in LOGGERS if columns.get(name) is not None]
         sent = {name: value for name, value in columns.items() if name not in STAYS}
         scores, metrics, lost = [], [], 0
+        extras: dict[str, list[Any]] = {}
         with self._lock:
             for index, sample in enumerate(samples(prompts, completions, sent)):
                 where = shown(index, prompts, completions)
@@ -75,6 +82,11 @@ class IsolatedReward:
                     raise explained(self.__name__, answer[1], culprit(index, prompts, completions))
                 scores.append(_one(answer[1], self.__name__, where))
                 metrics += answer[2]
+                for column, values in answer[3]:
+                    cells = extras.setdefault(column, [None] * len(completions))
+                    cells[index] = _one_cell(values, column, self.__name__, where)
+        for column, cells in extras.items():
+            columns["log_extra"](column, cells)
         if scores and "log_metric" in loggers:
             for name, value in [*metrics, (f"{self.__name__}/not_scored", lost / len(scores))]:
                 columns["log_metric"](name, value)
@@ -115,6 +127,16 @@ def _one(values: Any, name: str, where: str) -> Any:
         raise RewardError(
             f"The reward {name!r} is isolated, so that it is asked for one completion at a time, "
             f"and returned {cut(values)} in place of a list with one number, or None. {where}"
+        )
+    return values[0]
+
+
+def _one_cell(values: Any, column: Any, name: str, where: str) -> Any:
+    if not isinstance(values, list) or len(values) != 1:
+        raise RewardError(
+            f"The reward {name!r} is isolated, so that it is asked for one completion at a time, "
+            f"and gave log_extra({column!r}, ...) {cut(values)} in place of a list of one value. "
+            f"{where}"
         )
     return values[0]
 

@@ -1,5 +1,6 @@
 """Any metric of the library evaluate as a reward: `evaluate:rouge`."""
 
+import math
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
@@ -13,6 +14,7 @@ from trl_ext.rewards.returned import cut, shown
 
 # Of the metrics that are shipped: those of a text.
 OF_TEXTS = ("chrf", "rouge")
+MADE_UP = "one and two"
 
 
 class MetricReward:
@@ -32,6 +34,7 @@ class MetricReward:
 
     Raises:
         ConfigError: if there is no such metric, it wants other inputs, or an argument is wrong.
+        RewardError: if it does not take its kwargs, or gives no number under that key.
         MissingDependencyError: if it needs a package that is not there.
     """
 
@@ -49,6 +52,7 @@ class MetricReward:
         self.kwargs = dict(kwargs or {})
         self.metric = load_metric(metric)
         _check_inputs(self.metric, metric, reference)
+        self._try()
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float]:
         """As TRL calls a reward function.
@@ -70,17 +74,50 @@ class MetricReward:
     def _score(self, said: str, right: Any, where: str) -> float:
         if self.empty is not None and not said.strip():
             return float(self.empty)
-        if isinstance(right, int | float):  # a column of numbers, compared as text
-            right = str(right)
-        given = {} if self.reference is None else {"references": [right]}
+        if self.reference is not None:
+            right = _reference(right, self.reference, self.__name__, where)
         try:
-            results = self.metric.compute(predictions=[said], **given, **self.kwargs)
+            results = self._compute(said, right)
         except FAILURES as error:  # a metric may fail in any way
+            advice = "" if said.strip() else " `empty` gives the reward of an empty completion."
             raise RewardError(
-                f"The metric {self.__name__!r} raised {raised(error)}. {where} `empty` gives the "
-                "reward of an empty completion."
+                f"The metric {self.__name__!r} raised {raised(error)}. {where}{advice}"
             ) from error
         return _number(results, self.key, self.__name__, where)
+
+    def _compute(self, said: str, right: Any) -> Any:
+        given = {} if self.reference is None else {"references": [right]}
+        return self.metric.compute(predictions=[said], **given, **self.kwargs)
+
+    def _try(self) -> None:
+        """Score a made-up completion, so that a wrong key or argument is found before a model is.
+
+        Raises:
+            RewardError: if the metric does not take its arguments, or gives no such number.
+        """
+        where = f"It was tried on the made-up completion {MADE_UP!r}."
+        try:
+            results = self._compute(MADE_UP, MADE_UP)
+        except TypeError as error:
+            raise RewardError(
+                f"The metric {self.__name__!r} raised {raised(error)}. {where} Correct kwargs, now "
+                f"{self.kwargs}."
+            ) from error
+        except FAILURES:  # it may want texts of another form, which the first batch will tell
+            return
+        _number(results, self.key, self.__name__, where)
+
+
+def _reference(right: Any, column: str, name: str, where: str) -> str | list[str]:
+    if isinstance(right, int | float):  # a column of numbers, compared as text
+        return str(right)
+    listed = [right] if isinstance(right, str) else right
+    if isinstance(listed, list) and listed and all(isinstance(each, str) for each in listed):
+        return right
+    raise RewardError(
+        f"The metric {name!r} is given {cut(right)} of the column {column!r}; it must be a text, a "
+        f"number, or a list of texts. {where} Leave out rows without a reference."
+    )
 
 
 def load_metric(metric: str) -> Any:
@@ -123,8 +160,9 @@ def _check_arguments(metric: str, reference: Any, key: Any, kwargs: Any, empty: 
             f"The metric {metric!r}: kwargs is {kwargs!r}; it must map arguments of the metric's "
             "compute to their values."
         )
-    if empty is not None and (isinstance(empty, bool) or not isinstance(empty, Real)):
-        raise ConfigError(f"The metric {metric!r}: empty is {empty!r}; it must be a number.")
+    is_number = isinstance(empty, Real) and not isinstance(empty, bool)
+    if empty is not None and not (is_number and math.isfinite(empty)):
+        raise ConfigError(f"The metric {metric!r}: empty is {empty!r}; it must be a finite number.")
 
 
 def _check_inputs(loaded: Any, metric: str, reference: str | None) -> None:

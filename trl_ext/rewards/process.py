@@ -54,7 +54,7 @@ class RewardProcess:
         self._connection, there = Pipe()
         with there:
             self._process = _started(there)
-        self._end = weakref.finalize(self, _end, self._process, self._connection)
+        self._end = weakref.finalize(self, _end, self._process, self._connection, os.getpid())
         try:
             kind, *rest = self._answer((entry, timeout), START_LIMIT)
         except NotScored as failure:
@@ -140,9 +140,11 @@ def _started(line: Connection) -> subprocess.Popen:
     )
 
 
-def _end(process: subprocess.Popen, connection: Connection) -> None:
+def _end(process: subprocess.Popen, connection: Connection, owner: int) -> None:
     connection.close()
-    if process.poll() is None:  # in a fork it is no child, and not None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    if os.getpid() != owner:  # a fork of the trainer: the process is not its own
+        return
+    # Also where it is gone itself: what it started may be there yet.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

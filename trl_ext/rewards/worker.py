@@ -30,11 +30,15 @@ def main(descriptor: int) -> None:
         entry, timeout = connection.recv()
         reward, reply = _built(entry)
         connection.send(reply)
+        own = os.getpid()
         while reward is not None:
             sample, loggers = connection.recv()
             with _alarm(timeout + GRACE):
                 reply = _scored(reward, sample, loggers)
+                if os.getpid() != own:
+                    os._exit(0)  # a fork of the reward's came back, and would answer twice
                 _send(connection, reply)
+    _end_what_it_started()
 
 
 def _be_first_to_go() -> None:
@@ -43,6 +47,12 @@ def _be_first_to_go() -> None:
     adjustment = Path("/proc/self/oom_score_adj")
     if adjustment.exists():  # Linux
         adjustment.write_text("1000")
+
+
+def _end_what_it_started() -> None:
+    """Kill the processes that the reward left behind, when the other side is gone."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
 
 
 def _built(entry: Any) -> tuple[Callable[..., Any] | None, tuple[Any, ...]]:
@@ -65,12 +75,16 @@ def _scored(
 ) -> tuple[Any, ...]:
     """What to answer: a kind, and what belongs to it."""
     metrics: list[tuple[str, float]] = []
-    logs = {"log_metric": lambda name, value: metrics.append((name, float(value)))}
+    extras: list[tuple[str, Any]] = []
+    logs = {
+        "log_metric": lambda name, value: metrics.append((name, float(value))),
+        "log_extra": lambda column, values: extras.append((column, _plain(values))),
+    }
     try:
-        values = reward(**sample, **{name: logs.get(name, _nothing) for name in loggers})
+        values = reward(**sample, **{name: logs[name] for name in loggers})
         if is_async(reward):
             values = asyncio.run(values)
-        return "values", _plain(values), metrics
+        return "values", _plain(values), metrics, extras
     except MemoryError:
         return ("memory",)
     except TrlExtError as error:
@@ -93,10 +107,6 @@ def _plain(values: Any) -> Any:
     if hasattr(values, "tolist"):
         return values.tolist()
     return [_plain(value) for value in values] if isinstance(values, list | tuple) else values
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """What a logger does here that has no way back to the trainer's tables."""
 
 
 @contextlib.contextmanager

@@ -6,11 +6,12 @@ from typing import Any, ClassVar
 
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from trl_ext.bundled import resolve_model
 from trl_ext.errors import ConfigError, DataError
 from trl_ext.models.adapter import keep_nf4_gradients_on_cpu
+from trl_ext.options import own_config
 from trl_ext.rewards.guard import guarded_all
 from trl_ext.rwr.offline_config import OfflineRWRConfig
 from trl_ext.rwr.offline_data import WEIGHT, with_weights
@@ -75,7 +76,7 @@ class OfflineRWRTrainer(WeightedSFTTrainer):
         **trl_arguments: Any,
     ):
         model = resolve_model(model) if isinstance(model, str) else model
-        args = _own_config(model, args)
+        args = own_config(OfflineRWRConfig, "OfflineRWRTrainer", model, args)
         for name, reason in _REFUSED.items():
             if trl_arguments.get(name) is not None:
                 raise ConfigError(f"{type(self).__name__} takes no {name}: {reason}. Remove it.")
@@ -90,8 +91,9 @@ class OfflineRWRTrainer(WeightedSFTTrainer):
                 "known. Set max_steps."
             )
         self._reward_funcs = guarded_all(reward_funcs, args.reward_timeout)
+        self._vocabulary = _vocabulary_of(model, args)
         train_dataset, weighed = with_weights(
-            train_dataset, "train_dataset", args, self._reward_funcs
+            train_dataset, "train_dataset", args, self._reward_funcs, self._vocabulary
         )
         self.weight_metrics: dict[str, float] = weighed.metrics
         self._told = False
@@ -134,7 +136,19 @@ class OfflineRWRTrainer(WeightedSFTTrainer):
             return {name: self._weighed(each, args) for name, each in dataset.items()}
         if _is_prepared(dataset):
             return dataset
-        return with_weights(dataset, "eval_dataset", args, self._reward_funcs)[0]
+        found, _ = with_weights(dataset, "eval_dataset", args, self._reward_funcs, self._vocabulary)
+        return found
+
+
+def _vocabulary_of(model: Any, args: OfflineRWRConfig) -> int:
+    """The number of tokens of a model that may not be loaded yet."""
+    config = getattr(model, "config", None)
+    if config is None:
+        kwargs: Any = args.model_init_kwargs or {}
+        config = AutoConfig.from_pretrained(
+            model, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
+        )
+    return config.get_text_config().vocab_size
 
 
 def _is_prepared(dataset: Any) -> bool:
@@ -143,16 +157,3 @@ def _is_prepared(dataset: Any) -> bool:
         return False
     columns = dataset.column_names or next(iter(dataset), {})
     return WEIGHT in columns and "input_ids" in columns
-
-
-def _own_config(model: Any, args: OfflineRWRConfig | None) -> OfflineRWRConfig:
-    if args is None:
-        name = model if isinstance(model, str) else model.config._name_or_path
-        return OfflineRWRConfig(f"{name.rstrip('/').split('/')[-1]}-OfflineRWR")
-    if not isinstance(args, OfflineRWRConfig):
-        raise ConfigError(
-            "OfflineRWRTrainer takes args of type OfflineRWRConfig, got "
-            f"{type(args).__name__} of {type(args).__module__.partition('.')[0]}. Build it as "
-            "trl_ext.OfflineRWRConfig(...): it has the same fields as trl.SFTConfig, and more."
-        )
-    return args

@@ -3,6 +3,7 @@
 import difflib
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from trl_ext.errors import ConfigError, DataError
-from trl_ext.rwr.logged import LoggedRows, Needed, RowReader, read_rows
+from trl_ext.rwr.logged import LoggedRows, as_utf8, read_rows
 from trl_ext.rwr.logged_lists import flattened
+from trl_ext.rwr.logged_row import PLACE, Needed, RowReader
 from trl_ext.rwr.offline_config import OfflineRWRConfig
 from trl_ext.rwr.offline_scoring import scored
 from trl_ext.rwr.offline_weights import Weighed, weigh
@@ -21,6 +23,19 @@ logger = logging.getLogger(__name__)
 Rows = Dataset | IterableDataset
 
 WEIGHT = "weight"
+# Columns that are not taken: name -> why.
+TAKEN = {
+    WEIGHT: "weights are computed from rewards",
+    "input_ids": "rows of tokens are taken as prompt_ids and completion_ids",
+    "image": "rows with images are not supported",
+    "images": "rows with images are not supported",
+}
+# What others call it: a hint where the column itself is not there.
+_ALSO_CALLED = {
+    "prompt": ("question", "instruction", "input", "query"),
+    "completion": ("response", "answer", "output"),
+    "reward": ("score", "scores", "rating"),
+}
 # What TRL reads of a row of text beside prompt and completion.
 _FOR_THE_TEMPLATE = ("tools", "chat_template_kwargs")
 # Rows read at once.
@@ -28,7 +43,11 @@ _BATCH = 1000
 
 
 def with_weights(
-    dataset: Any, name: str, config: OfflineRWRConfig, reward_funcs: list[Any] | None
+    dataset: Any,
+    name: str,
+    config: OfflineRWRConfig,
+    reward_funcs: list[Any] | None,
+    vocabulary: int | None = None,
 ) -> tuple[Any, Weighed]:
     """The rows of a dataset that have a weight, each with it; and all weights.
 
@@ -40,21 +59,24 @@ def with_weights(
         name: what to call it in errors.
         config: says how rows are weighed.
         reward_funcs: guarded; used where the dataset has no rewards.
+        vocabulary: tokens of the model, where that is known: ids are below it.
 
     Raises:
         DataError: if a column is missing or has no place here, or a row has a value that is none.
         ConfigError: if an option asks for what the dataset does not have.
     """
-    dataset = _as_rows(_of_known_type(dataset, name), name)
-    columns = _columns(dataset, name)
-    if "reward" not in columns:
-        dataset = _rewarded(dataset, name, config, reward_funcs, columns)
-    elif reward_funcs:
-        logger.warning(
-            "%s has rewards of its own, in the column 'reward': reward_funcs are not asked.", name
-        )
-    needed = _needed(columns, config, name)
-    rows = read_rows(_batches(dataset, needed, name, config), needed, name)
+    with as_utf8(name):
+        dataset = _as_rows(_of_known_type(dataset, name), name)
+        columns = _columns(dataset, name)
+        if "reward" not in columns:
+            dataset = _rewarded(dataset, name, config, reward_funcs, columns)
+        elif reward_funcs:
+            logger.warning(
+                "%s has rewards of its own, in the column 'reward': reward_funcs are not asked.",
+                name,
+            )
+        needed = replace(_needed(columns, config, name), vocabulary=vocabulary)
+        rows = read_rows(_batches(dataset, needed, name, config), needed, name)
     _warn_of_mixtures(rows, name)
     weighed = weigh(rows, config, name)
     kept = ["prompt", "completion", *(c for c in _FOR_THE_TEMPLATE if c in columns)]
@@ -123,23 +145,25 @@ def _as_rows(dataset: Rows, name: str) -> Rows:
         columns = _columns(dataset, name)
     for column in ("prompt", "completion"):
         if column not in columns:
-            close = difflib.get_close_matches(column, columns, n=1)
-            hint = f" Did you mean to rename {close[0]!r}?" if close else ""
             raise DataError(
-                f"{name} has no column {column!r}; its columns are {', '.join(columns)}.{hint} "
+                f"{name} has no column {column!r}; its columns are {', '.join(columns)}."
+                f"{_hint(column, columns)} "
                 "Logged completions are rows of prompt, completion and reward, or of prompt, "
                 "completions and rewards; `trl_ext collect` writes them."
             )
-    taken = {
-        WEIGHT: "weights are computed from rewards",
-        "input_ids": "rows of tokens are taken as prompt_ids and completion_ids",
-        "image": "rows with images are not supported",
-        "images": "rows with images are not supported",
-    }
-    for column, reason in taken.items():
+    for column, reason in TAKEN.items():
         if column in columns:
             raise DataError(f"{name} has a column {column!r}: {reason}. Rename or remove it.")
     return dataset
+
+
+def _hint(column: str, columns: list[str]) -> str:
+    """What may have been meant by a column that is not there."""
+    close = difflib.get_close_matches(column, [name.lower() for name in columns], n=1)
+    meant = [
+        name for name in columns if name.lower() in close or name.lower() in _ALSO_CALLED[column]
+    ]
+    return f" Did you mean to rename {meant[0]!r}?" if meant else ""
 
 
 def _rewarded(
@@ -150,11 +174,12 @@ def _rewarded(
     columns: list[str],
 ) -> Dataset:
     if not reward_funcs:
-        close = difflib.get_close_matches("reward", columns, n=1)
-        hint = f" Did you mean to rename {close[0]!r}?" if close else ""
+        shown = [column for column in columns if column != PLACE]
+        lists = " (rewards, a list, beside completions)" if PLACE in columns else ""
         raise DataError(
-            f"{name} has no column 'reward'; its columns are {', '.join(columns)}.{hint} Give the "
-            "column, a finite number in every row, or reward_funcs, which score the rows."
+            f"{name} has no column 'reward'{lists}; its columns are {', '.join(shown)}."
+            f"{_hint('reward', shown)} Give the column, a finite number in every row, or "
+            "reward_funcs, which score the rows."
         )
     if not isinstance(dataset, Dataset):
         raise DataError(
@@ -180,6 +205,7 @@ def _needed(columns: list[str], config: OfflineRWRConfig, name: str) -> Needed:
         value="value" in wanted,
         log_ratio="logp" in wanted,
         ids=len(with_ids) == 2,
+        place=PLACE in columns,
     )
 
 

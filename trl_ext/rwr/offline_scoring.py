@@ -9,6 +9,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from trl_ext.errors import ConfigError, DataError
+from trl_ext.rwr.logged_row import PLACE
 from trl_ext.rwr.offline_config import OfflineRWRConfig
 
 # Completions that a reward is given at once.
@@ -49,23 +50,26 @@ def scored(
         for batch in dataset.iter(_BATCH):
             assert isinstance(batch, dict)
             by_reward = [_called(reward_func, batch) for reward_func in reward_funcs]
-            for values in zip(*by_reward, strict=True):
-                found.append(_summed(values, weights, name, len(found)))
+            first = len(found)
+            places = batch.get(PLACE, range(first, first + len(batch["prompt"])))
+            for place, *values in zip(places, *by_reward, strict=True):
+                found.append(_summed(values, weights, f"{name}, row {place}"))
             bar.update(len(batch["prompt"]))
     return found
 
 
 def _called(reward_func: Any, batch: dict[str, list]) -> list[float | None]:
-    columns = {key: values for key, values in batch.items() if key not in ("prompt", "completion")}
+    own = ("prompt", "completion", PLACE)
+    columns = {key: values for key, values in batch.items() if key not in own}
     scores = reward_func(prompts=batch["prompt"], completions=batch["completion"], **columns)
     return asyncio.run(scores) if inspect.iscoroutine(scores) else scores
 
 
-def _summed(values: tuple, weights: list[float], name: str, row: int) -> float:
+def _summed(values: list[float | None], weights: list[float], where: str) -> float:
     applicable = [w * v for v, w in zip(values, weights, strict=True) if v is not None]
     if not applicable:
         raise DataError(
-            f"{name}, row {row}: no reward applies to it (all returned None). Leave it out, or "
+            f"{where}: no reward applies to it (all returned None). Leave it out, or "
             "add a reward that scores it."
         )
     return math.fsum(applicable)

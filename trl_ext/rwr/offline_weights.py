@@ -189,7 +189,7 @@ class _Groups:
             raise DataError(
                 f"{self.name}: {single} of {everything} groups have one completion, and "
                 "baseline: group compares the completions of a prompt. Use baseline: dataset, "
-                "which compares all rows; or leave them out; or train on them as they are with "
+                "which compares all rows; or leave them out; or take them as they are with "
                 "drop_uniform_groups: false."
             )
 

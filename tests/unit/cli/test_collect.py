@@ -80,7 +80,7 @@ def test_forms_have_names_of_their_own(trl_ext, recipe):
         (["collect", "mine.yaml", "--split", "dev"], "invalid choice: 'dev'"),
         (["collect", "mine.yaml", "--ouput", "x.jsonl"], "ouput: unknown key"),
         (["collect", "mine.yaml", "--output", "x.txt"], "the ending must be one of"),
-        (["collect", "mine.yaml", "--output", "no/x.jsonl"], "Name a file in a folder that exists"),
+        (["collect", "mine.yaml", "--output", "mine.yaml/x.jsonl"], "there is no folder mine.yaml"),
         (["collect", "mine.yaml", "num_generations=x"], "num_generations"),
         (["iterate", "mine.yaml"], "required: --rounds"),
         (["iterate", "mine.yaml", "--rounds", "0"], "whole number of at least 1"),

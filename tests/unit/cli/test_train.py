@@ -1,15 +1,20 @@
 """What `train` hands over, and how several processes are started."""
 
 import os
+import signal
 import sys
+import threading
+import time
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from trl_ext.callbacks import Stopped
 from trl_ext.cli import launcher
-from trl_ext.errors import RunError
+from trl_ext.cli import train as train_command
+from trl_ext.errors import DataError, RewardError, RunError
 
 
 @pytest.fixture
@@ -21,6 +26,7 @@ def calls(home, monkeypatch) -> list[dict]:
         seen.append(
             {"recipe": recipe, "resume": resume, "overwrite": overwrite, "env": dict(os.environ)}
         )
+        return "finished"
 
     monkeypatch.setitem(sys.modules, "trl_ext.launch", types.SimpleNamespace(train=train))
     monkeypatch.delenv("SOME_VARIABLE", raising=False)
@@ -63,6 +69,199 @@ def test_resume_before_the_recipe_is_not_a_checkpoint(calls, trl_ext, home, argv
     assert calls[0]["recipe"].values["seed"] == seed
 
 
+@pytest.fixture
+def ran(home) -> Path:
+    """A folder as a run leaves it, begun from elsewhere."""
+    folder = Path("runs/a")
+    (folder / "checkpoint-3").mkdir(parents=True)
+    recipe = f"extends: {home / 'recipes/rwr/first.yaml'}\noutput_dir: /somewhere/else\n"
+    (folder / "recipe.yaml").write_text(recipe)
+    (folder / "environment.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("argv", "resume", "seed"),
+    [
+        (["--resume", "runs/a"], True, 7),
+        (["--resume=runs/a/"], True, 7),
+        (["--resume", "runs/a", "seed=1"], True, 1),
+        (["--resume", "runs/a", "--seed=1"], True, 1),
+        (["seed=1", "--resume", "runs/a"], True, 1),
+        (["--resume", "runs/a/checkpoint-3", "seed=1"], "runs/a/checkpoint-3", 1),
+    ],
+)
+def test_a_run_is_gone_on_with_by_its_folder_alone(calls, trl_ext, ran, argv, resume, seed):
+    code, _, err = trl_ext("train", *argv)
+    assert code == 0, err
+    (call,) = calls
+    assert call["resume"] == resume
+    assert call["recipe"].values["seed"] == seed
+    assert Path(call["recipe"].values["output_dir"]).resolve() == ran.resolve()
+
+
+def test_launched_it_is_the_same_run(calls, trl_ext, ran, monkeypatch):
+    commands = []
+    monkeypatch.setattr(train_command, "_launched", lambda *given: commands.append(given[0]) or 0)
+    monkeypatch.setattr(launcher, "_device_count", lambda: 0)
+    assert trl_ext("train", "--resume", str(ran), "num_processes=2")[0] == 0
+    arguments = commands[0][commands[0].index("train") :]
+    assert arguments[:4] == ["train", "runs/a/recipe.yaml", "--resume", 'output_dir="runs/a"']
+    assert calls == []
+
+
+def test_a_folder_that_is_no_run_is_not_gone_on_with(calls, trl_ext, ran):
+    Path("empty").mkdir()
+    code, _, err = trl_ext("train", "--resume", "empty")
+    assert code == 2 and "empty is no run and no checkpoint of one" in err
+    (ran / "iterate.json").write_text("{}")
+    code, _, err = trl_ext("train", "--resume", "runs/a")
+    assert code == 2 and "trl_ext iterate runs/a/recipe.yaml --resume" in err
+    assert calls == []
+
+
+def last(err: str) -> str:
+    return err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        (None, 0, "trl_ext: finished, exit code 0; output_dir: runs/a"),
+        (RewardError("no"), 1, "trl_ext: failed (RewardError), exit code 1; resume: "),
+        (RunError("no"), 1, "trl_ext: failed (RunError), exit code 1; resume: "),
+        (DataError("no"), 2, "trl_ext: failed (DataError), exit code 2"),
+        (Stopped(15), 143, "trl_ext: stopped (SIGTERM), exit code 143; resume: "),
+        (Stopped(2), 130, "trl_ext: stopped (SIGINT), exit code 130; resume: "),
+        (KeyboardInterrupt(), 130, "trl_ext: stopped (SIGINT), exit code 130; resume: "),
+    ],
+)
+def test_the_exit_code_and_the_last_line(calls, trl_ext, ran, monkeypatch, raised, code, line):
+    def train(recipe, **_):
+        if raised is not None:
+            raise raised
+        return "finished"
+
+    monkeypatch.setattr(sys.modules["trl_ext.launch"], "train", train)
+    ended, out, err = trl_ext("train", "--resume", "runs/a")
+    assert ended == code
+    assert last(err).startswith(line) and out == ""
+    assert last(err).endswith("train --resume runs/a") == ("resume: " in line)
+    assert ("no" in err.splitlines()[0]) == isinstance(raised, RewardError | RunError | DataError)
+
+
+def test_a_recipe_that_cannot_be_read_ends_with_the_line_too(calls, trl_ext):
+    code, _, err = trl_ext("train", "rwr/first", "beta=x")
+    assert (code, last(err)) == (2, "trl_ext: failed (ConfigError), exit code 2")
+
+
+def test_what_nobody_foresaw_keeps_its_traceback_and_ends_with_the_line(
+    calls, trl_ext, ran, monkeypatch
+):
+    def train(recipe, **_):
+        raise AttributeError("deep inside")
+
+    monkeypatch.setattr(sys.modules["trl_ext.launch"], "train", train)
+    with pytest.raises(AttributeError) as caught:
+        trl_ext("train", "--resume", "runs/a")
+    assert caught.value.__notes__[-1].startswith("trl_ext: failed (AttributeError), exit code 1; r")
+
+
+def test_a_launched_process_tells_the_one_above_once(calls, trl_ext, ran, monkeypatch):
+    def train(recipe, **_):
+        raise fails
+
+    monkeypatch.setattr(sys.modules["trl_ext.launch"], "train", train)
+    told = Path("told")
+    monkeypatch.setenv("TRL_EXT_TOLD", str(told))
+    monkeypatch.setenv("RANK", "1")
+    fails: BaseException = RewardError("no")
+    for _ in range(2):
+        assert trl_ext("train", "--resume", "runs/a")[0] == 1
+        first, error, line = told.read_text().splitlines()
+        assert (first, error) == ("1", "Error of process 1: no")
+        assert line.startswith("trl_ext: failed (RewardError), exit code 1; resume: ")
+        fails = RunError("and then")  # what came first stays
+    told.unlink()
+    monkeypatch.setenv("RANK", "0")
+    fails = Stopped(15)
+    code, _, err = trl_ext("train", "--resume", "runs/a")
+    assert code == 0 and err == ""  # no crash, to the launcher
+    assert told.read_text().startswith("143\ntrl_ext: stopped (SIGTERM), exit code 143; resume: ")
+
+
+# What stands in for a launcher: it starts one process, waits for it, reports at length.
+LAUNCHER = """
+import subprocess, sys
+code = subprocess.call([sys.executable, "-c", sys.argv[1]])
+print("A long report.", file=sys.stderr)
+sys.exit(1 if code else 0)
+"""
+# A process of a run: waits for a signal, or fails.
+PROCESS = """
+import os, signal, sys, time
+told = os.environ["TRL_EXT_TOLD"]
+def stop(number, frame):
+    open(told, "w").write(f"{128 + number}\\ntrl_ext: stopped ({number})")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+"""
+
+
+def under(program: str, capfd) -> tuple[int, str]:
+    command = [sys.executable, "-c", LAUNCHER, PROCESS + program]
+    code = train_command._launched(command, train_command._Ending())
+    return code, capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "says"),
+    [
+        ("", 0, "trl_ext: finished, exit code 0"),
+        ("sys.exit(1)", 1, "trl_ext: failed (in the launcher), exit code 1"),
+        ("open(told, 'w').write('2\\nError.\\nlast'); sys.exit(2)", 2, "Error.\nlast"),
+        # The first to end has finished, and another has failed after that.
+        ("open(told, 'w').write('0\\nlast'); sys.exit(1)", 1, "failed (in the launcher)"),
+    ],
+)
+def test_a_launched_run_ends_with_the_line_of_its_first_process(home, capfd, program, code, says):
+    ended, err = under(program, capfd)
+    assert ended == code
+    assert err.index("A long report.") < err.index(says)
+
+
+@pytest.mark.parametrize(
+    ("signals", "program", "code", "line"),
+    [
+        ([signal.SIGTERM], "", 143, "trl_ext: stopped (15)"),
+        # Not yet so far that it can stop in order: it dies of it.
+        ([signal.SIGTERM], "signal.signal(15, signal.SIG_DFL)", 143, "trl_ext: stopped (SIGTERM)"),
+        # It does not listen; the second Ctrl-C ends it.
+        ([signal.SIGINT] * 2, "signal.signal(2, signal.SIG_IGN)", 130, "trl_ext: stopped (SIGINT)"),
+    ],
+)
+def test_a_signal_reaches_the_launched_processes_and_not_the_launcher(
+    home, capfd, signals, program, code, line
+):
+    """The stand-in dies of a SIGTERM of its own: its report would be missing."""
+
+    def send():
+        while not Path("ready").exists():
+            time.sleep(0.01)
+        for number in signals:
+            time.sleep(0.2)
+            os.kill(os.getpid(), number)
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    sender = threading.Thread(target=send)
+    sender.start()
+    ended, err = under(f"{program}\nopen('ready', 'w')\ntime.sleep(60)", capfd)
+    sender.join()
+    assert ended == code and line in last(err)
+    assert ("A long report." in err) == (len(signals) == 1)
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
 def test_no_recipe(calls, trl_ext):
     code, _, err = trl_ext("train", "--resume")
     assert code == 2 and "no recipe is given" in err
@@ -101,14 +300,14 @@ def test_a_bad_recipe_starts_nothing(calls, trl_ext):
 
 
 def launched(monkeypatch, trl_ext, devices, *argv):
-    """The command that `train` becomes, without the interpreter."""
+    """The command that `train` launches, without the interpreter."""
     commands = []
 
-    def execv(path, command):
+    def run(command, ending):
         commands.append(command)
-        raise SystemExit(0)
+        return 0
 
-    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(train_command, "_launched", run)
     monkeypatch.setattr(launcher, "_device_count", lambda: devices)
     code, _, err = trl_ext("train", "rwr/first", *argv)
     assert code == 0, err
@@ -141,7 +340,7 @@ def test_an_accelerate_config(calls, trl_ext, monkeypatch):
 
 def test_a_child_trains_in_process(calls, trl_ext, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("launched again"))
+    monkeypatch.setattr(train_command, "_launched", lambda *_: pytest.fail("launched again"))
     assert trl_ext("train", "rwr/first", "num_processes=2")[0] == 0
     assert len(calls) == 1
 

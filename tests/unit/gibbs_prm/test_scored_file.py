@@ -121,14 +121,18 @@ def test_a_label_may_come_late(tmp_path):
 
 def test_outputs_that_cannot_be(tmp_path, monkeypatch):
     (tmp_path / "there.jsonl").touch()
+    (tmp_path / "full.jsonl.partial").symlink_to("/dev/full")
     for name, says in (
         ("s.csv", "the ending must be one of .jsonl, .parquet"),
-        ("no/s.jsonl", "Name a file in a folder that exists"),
+        ("there.jsonl/s.jsonl", r"there is no folder .*, nor can it be made"),
+        ("full.jsonl", r"full.jsonl.partial is no file"),
         ("there.jsonl", "exists and is left alone"),
     ):
         with pytest.raises(ConfigError, match=says):
             check_output(tmp_path / name, force=False)
     check_output(tmp_path / "there.jsonl", force=True)
+    check_output(tmp_path / "new" / "folder" / "s.jsonl", force=False)
+    assert (tmp_path / "new" / "folder").is_dir()
 
 
 def test_a_full_disk_says_where_the_rows_are(tmp_path):

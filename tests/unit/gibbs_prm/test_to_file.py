@@ -175,7 +175,7 @@ def test_a_second_scoring_into_one_file(here, scorer):
         ([{"prompt": "a"}], "s.jsonl", DataError, "rows holds a dict; each must be a Row"),
         ("no.jsonl", "s.jsonl", DataError, "There is no file 'no.jsonl'"),
         (ROWS, "s.txt", ConfigError, "the ending must be one of"),
-        (ROWS, "no/s.jsonl", ConfigError, "Name a file in a folder that exists"),
+        (ROWS, "/dev/null/s.jsonl", ConfigError, "Name a file in a folder of yours"),
     ],
 )
 def test_what_cannot_be_scored_leaves_nothing(here, scorer, rows, output, kind, says):

@@ -20,6 +20,10 @@ OUTSIDE = {
     "num_generations_eval": "0",
     "max_completion_length": "0 -1",
     "temperature": "0 -1 .nan .inf",
+    "top_p": "0 1.5 -1 .nan",
+    "top_k": "-5",
+    "min_p": "2 -0.1",
+    "repetition_penalty": "0 -1",
     "learning_rate": "-1 .nan .inf 1e400",
     "weight_decay": "-1 .nan",
     "max_grad_norm": "-0.1 .nan",
@@ -51,6 +55,9 @@ OUTSIDE = {
     "num_machines": "0",
 }
 INSIDE = {
+    "top_p": "0.9 1",
+    "top_k": "0 50",
+    "min_p": "0 0.1 null",
     "num_generations": "2 null",
     "max_completion_length": "1 null",
     "learning_rate": "0 1e-5",

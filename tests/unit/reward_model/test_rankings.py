@@ -6,8 +6,11 @@ import math
 import pytest
 from datasets import Dataset, IterableDataset
 
+from tests.parity.reward_worker import QUIET
+from tests.tiny import save_tiny_llama
+from trl_ext import RewardConfig, RewardTrainer
 from trl_ext.errors import DataError
-from trl_ext.reward_model.rankings import comparisons
+from trl_ext.reward_model.rankings import comparisons, preference_pairs
 
 GOOD = {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2]}
 MESSAGE = {"role": "user", "content": "hi"}
@@ -143,3 +146,46 @@ def test_messages_and_other_columns_stay():
 def test_what_is_tokenised_is_left_alone():
     dataset = Dataset.from_list([{"chosen_ids": [1], "rejected_ids": [2]}])
     assert comparisons(dataset, "it", loss_type="bradley_terry", order_effect=False) is dataset
+
+
+@pytest.mark.parametrize(
+    "columns", [("ranking_ids",), ("chosen_ids", "ranks"), ("ranking_ids", "x")]
+)
+def test_tokens_without_what_belongs_to_them(columns):
+    rows = Dataset.from_list([{key: [[1], [2]] for key in columns}])
+    says = "is tokenised, and its columns are .*; it must have ranking_ids and ranks, or chosen_ids"
+    with pytest.raises(DataError, match=says):
+        comparisons(rows, "mine", loss_type="bradley_terry", order_effect=False)
+
+
+def test_messages_need_a_chat_template(tmp_path):
+    said = [{"role": "user", "content": "a"}]
+    answers = [[{"role": "assistant", "content": text}] for text in "bc"]
+    rankings = {"prompt": said, "completions": answers, "ranks": [1, 2]}
+    pairs = {"prompt": said, "chosen": answers[0], "rejected": answers[1]}
+    model = save_tiny_llama(tmp_path / "model")
+    for row in (rankings, pairs):
+        with pytest.raises(DataError, match=r"train dataset holds messages, .* chat_template_path"):
+            RewardTrainer(
+                model, RewardConfig(str(tmp_path), **QUIET), train_dataset=Dataset.from_list([row])
+            )
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (GOOD, "mine has the columns prompt, completions, ranks, and a trainer of pairs takes"),
+        ({"prompt": "p", "chosn": "a", "rejected": "b"}, "no column 'chosen'.* rename 'chosn' to"),
+        ({"prompt": "p", "chosen": None, "rejected": "b"}, "row 0: the chosen is None; it must be"),
+        ({"prompt": "p", "chosen": 3, "rejected": 4}, "row 0: the chosen is 3; it must be a text"),
+        ({"prompt": "p", "chosen": "a", "rejected": "a"}, "1 of 1 rows compare nothing"),
+    ],
+)
+def test_what_is_no_pair(row, says):
+    with pytest.raises(DataError, match=says):
+        preference_pairs(Dataset.from_list([row]), "mine")
+
+
+def test_pairs_that_differ_are_kept_as_they_are():
+    rows = [{"prompt": "p", "chosen": "a", "rejected": other, "id": 7} for other in ("b", "a")]
+    assert list(preference_pairs(Dataset.from_list(rows), "mine")) == rows[:1]

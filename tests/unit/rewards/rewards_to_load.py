@@ -3,8 +3,10 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Literal
 
 from trl_ext.errors import DataError, RewardError
@@ -102,6 +104,28 @@ def reads_columns(
     log_metric("length", length[0])
     log_extra("length", length)
     return [scale * (n + len(ids)) for n, ids in zip(length, completion_ids, strict=True)]
+
+
+def logs_some(completions, log_extra=None, **columns):
+    for text in completions:
+        if text == "exit":
+            os._exit(3)
+        if text and log_extra:
+            log_extra("said", ["a", "b"] if text == "both" else [text])
+    return [float(len(text)) for text in completions]
+
+
+def starts(completions, **columns):
+    """Leaves behind what a completion says: a fork, or a child whose number goes to a file."""
+    for text in completions:
+        if text == "exit":
+            os._exit(0)
+        if text == "fork":
+            os.fork()
+        if text.startswith("child"):
+            child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL)
+            Path(text.removeprefix("child ")).write_text(str(child.pid))
+    return [float(len(text)) for text in completions]
 
 
 class Array:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -255,8 +256,65 @@ def test_columns_and_loggers_travel():
     )
     # 2·(3 + 1 token), 2·(4 + 2 tokens)
     assert scores == [8.0, 12.0]
+    assert ("length", [3, 4]) in logged  # a column of the table, whole
+    logged.remove(("length", [3, 4]))
     assert logged == [("length", 3), ("length", 4), ("reads_columns/not_scored", 0.0)]
     assert reward.asks_for == {"prompt_ids"}
+
+
+def test_cells_of_what_logged_nothing_are_empty():
+    """TRL adds columns to its table as they come: as long as the batch, or rows would shift."""
+    table = {}
+    reward = built("logs_some", timeout=1)
+    scores = score(reward, ["exit", "one", "", "three"], log_extra=table.__setitem__)
+    assert scores == [None, 3.0, 0.0, 5.0]
+    assert table == {"said": [None, "one", None, "three"]}
+    assert score(reward, ["one"]) == [3.0]  # nobody listens
+    with pytest.raises(RewardError, match=r"gave log_extra\('said', ...\) \['a', 'b'\] in place"):
+        score(reward, ["both"], log_extra=table.__setitem__)
+
+
+def test_a_fork_that_comes_back_answers_nobody():
+    reward = built("starts")
+    assert score(reward, ["fork"] * 3 + ["1", "22"]) == [4.0, 4.0, 4.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("how", ["gone", "exit", "killed"])
+def test_what_a_reward_started_goes_with_it(how, tmp_path):
+    """When the reward goes, when its process ends by itself, and when the trainer is killed."""
+    file = tmp_path / "pid"
+    if how == "killed":
+        then = (
+            f"(reward,) = build_rewards([{{**entry, 'name': '{HERE}:starts'}}])\n"
+            f"reward(['p'], ['child {file}'])\nimport os; os.kill(os.getpid(), 9)"
+        )
+        quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        assert subprocess.run([sys.executable, "-c", SCRIPT + then], **quiet).returncode == -9
+    else:
+        reward = built("starts")
+        assert score(reward, [f"child {file}"]) == [float(len(f"child {file}"))]
+        assert not is_gone(int(file.read_text()))
+        if how == "exit":
+            assert score(reward, ["exit"]) == [None]
+        else:
+            del reward
+    assert wait_for(lambda: is_gone(int(file.read_text())))
+
+
+def test_two_hundred_calls_and_five_failures_leave_nothing():
+    (reward,) = build_rewards([{"name": f"{HERE}:starts", "isolated": True}])
+    score(reward, ["a"])
+    before = children(), len(os.listdir("/proc/self/fd"))
+    for call in range(200):
+        assert score(reward, ["exit", "a"] if call % 40 == 0 else ["a"])[-1] == 1.0
+    assert len(children()) == len(before[0])
+    assert len(os.listdir("/proc/self/fd")) == before[1]
+
+
+def test_what_cannot_be_made_in_another_process():
+    for entry in (lambda completions: [], {"name": print}, 3):
+        with pytest.raises(ConfigError, match="made in another process, so that it must be a name"):
+            isolated.IsolatedReward(entry)  # type: ignore[arg-type]
 
 
 def test_messages_async_rewards_and_tensors():

@@ -134,11 +134,27 @@ def test_a_list_of_one_number_is_a_number(metric):
 
 
 @pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "'rouge' gives rouge1, rouge2, rougeL, rougeLsum. Say which: key"),
+        ({"key": "rouge"}, "gives no 'rouge'. It gives rouge1, rouge2"),
+        (
+            {"kwargs": {"use_stemer": 1}},
+            "TypeError: .*'use_stemer'. It was tried .* Correct kwargs",
+        ),
+    ],
+)
+def test_a_wrong_key_or_argument_is_found_when_it_is_made(options, says):
+    with pytest.raises(RewardError, match=says):
+        build_rewards([rouge(**options)])
+
+
+@pytest.mark.parametrize(
     ("result", "options", "says"),
     [
         ("{'a': 1, 'b': 2}", {}, "'wrong' gives a, b. Say which: key"),
         ("{'a': 1, 'b': 2}", {"key": "c"}, "gives no 'c'. It gives a, b"),
-        ("{'a': 'much'}", {}, r"gives 'much' for its result, which is no number. Sample 0 of 1: p"),
+        ("{'a': 'much'}", {}, r"gives 'much' for its result, which is no number. It was tried on"),
         ("{'a': [1, 2]}", {"key": "a"}, r"gives \[1, 2\] for a, which is no number"),
         ("{}", {}, "gives None for its result, which is no number"),
         ("{'a': 1 / len(predictions[0][9:])}", {}, "'wrong' raised ZeroDivisionError.*Sample 0"),
@@ -190,7 +206,8 @@ def test_a_metric_that_wants_other_inputs(metric, inputs, kind, options, says):
         ({"reference": 3}, ConfigError, "reference is 3; it must be a name"),
         ({"key": 3}, ConfigError, "key is 3; it must be a name"),
         ({"kwargs": [1]}, ConfigError, r"kwargs is \[1\]; it must map arguments"),
-        ({"empty": "0"}, ConfigError, "empty is '0'; it must be a number"),
+        ({"empty": "0"}, ConfigError, "empty is '0'; it must be a finite number"),
+        ({"empty": float("nan")}, ConfigError, "empty is nan; it must be a finite number"),
         ({"empty": True}, ConfigError, "empty is True"),
         ({"metric": "chrf"}, RewardError, "has a metric already. Remove the argument metric"),
         ({"refrence": "answer"}, RewardError, r"given \(metric: 'rouge', reference: 'answer', ref"),
@@ -203,7 +220,22 @@ def test_mistakes(options, error, says):
 
 def test_a_column_that_is_not_there():
     with pytest.raises(RewardError, match="'rouge' needs the dataset's column 'answer'"):
-        score(rouge(), ["a"], solution=["a"])
+        score(rouge(key="rouge1"), ["a"], solution=["a"])
+
+
+@pytest.mark.parametrize("right", [None, [], {"a": "b"}, [1], ["a", None]])
+def test_a_cell_that_is_no_reference(right):
+    says = r"is given .* of the column 'answer'; it must be a text, a number, .* Sample 1 of 2"
+    with pytest.raises(RewardError, match=says):
+        score(rouge(key="rouge1"), ["a", "b"], answer=["a", right])
+
+
+def test_a_metric_that_cannot_read_made_up_texts_is_asked_about_real_ones(metric):
+    entry = {"name": metric("json", "{'n': __import__('json').loads(predictions[0])}")}
+    entry |= {"reference": "answer"}
+    assert score(entry, ["3"], answer=["3"]) == [3.0]
+    with pytest.raises(RewardError, match=r"raised JSONDecodeError: .*completion 'three'\.$"):
+        score(entry, ["three"], answer=["3"])
 
 
 @pytest.mark.parametrize("name", ["bertscores", "some/metric", "./no/such", "/no/such.py"])

@@ -192,14 +192,51 @@ def test_the_first_token_of_all_is_predicted_by_nothing():
 @pytest.mark.parametrize("ids", [[1, 1], [5], [6], [2, 1, 9]])
 def test_token_ids_of_another_tokenizer(make, ids):
     rows = [row | {"prompt_ids": [1], "completion_ids": ids} for row in logged()]
-    with pytest.raises(DataError, match=r"Row \d: its completion_ids are of another tokenizer"):
+    with pytest.raises(
+        DataError, match=r"(its completion_ids are|Are the ids) of another tokenizer"
+    ):
         make(rows)
     beyond = [
         row | {"prompt_ids": [1], "completion_ids": [*ids_of(row["completion"]), 6]}
         for row in logged()
     ]
-    with pytest.raises(DataError, match="some are out of its vocabulary"):
+    with pytest.raises(DataError, match=r"row 0: .* 6 is out of the vocabulary of the model"):
         make(beyond)
+
+
+@pytest.mark.parametrize("kind", ["rows", "stream", "evaluation"])
+def test_an_id_that_no_embedding_has_is_found_wherever_it_is(make, kind):
+    """Row 21, far behind the rows whose texts are compared; 6 tokens have the ids 0 to 5."""
+    rows = [
+        row | {"prompt_ids": [1], "completion_ids": ids_of(row["completion"])} for row in logged()
+    ]
+    wrong = [*rows[:-1], rows[-1] | {"completion_ids": [6]}]
+    given: Any = {
+        "rows": lambda: make(wrong),
+        "stream": lambda: make(Dataset.from_list(wrong).to_iterable_dataset(), max_steps=1),
+        "evaluation": lambda: make(rows).evaluate(Dataset.from_list(wrong)),
+    }[kind]
+    last = len(rows) - 1
+    with pytest.raises(DataError, match=rf"row {last}: completion_ids is .6.\. 6 is out of"):
+        given()
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_a_completion_that_nothing_predicts_from_its_start_is_refused(make, with_ids):
+    """log π(y|x) would lack its first token: this tokenizer puts none in front of a text."""
+    rows = logged()
+    if with_ids:
+        rows = [
+            row | {"prompt_ids": [1], "completion_ids": ids_of(row["completion"])} for row in rows
+        ]
+    rows[3] |= {"prompt_ids": []} if with_ids else {"prompt": ""}
+    with pytest.raises(DataError, match=f"1 of {len(rows)} completions have no token in front"):
+        make(rows, beta=math.inf)
+
+
+def test_attention_without_gradients_on_a_cpu_is_refused(make):
+    with pytest.raises(ConfigError, match="'flex_attention' has no gradients on a CPU"):
+        make(model_init_kwargs={"attn_implementation": "flex_attention"})
 
 
 def test_messages(make, tmp_path):

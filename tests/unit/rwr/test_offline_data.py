@@ -1,12 +1,13 @@
 """Logged completions as datasets: their forms, what they must hold, streams as well."""
 
+import json
 import logging
 import math
 from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, load_dataset
 
 from tests.tiny import QUIET
 from trl_ext.errors import ConfigError, DataError, RewardError
@@ -23,6 +24,7 @@ ROWS = [
     {"prompt": "a", "completion": "e", "reward": 1.0},
     {"prompt": "c", "completion": "a", "reward": 1.0},
 ]
+LISTS = {"prompt": "a", "completions": ["b", "c"], "rewards": [1.0, 0.0]}
 # β = 1/ln 2: 2^r is (1, 2)/3 of "a" and (8, 2)/10 of "c"; 4 rows, 2 prompts.
 WEIGHTS = [2 / 3, 1.6, 4 / 3, 0.4]
 
@@ -207,6 +209,9 @@ def test_a_reward_that_fails_names_the_row(read):
         read(UNSCORED, broken)
     with pytest.raises(DataError, match="row 1: no reward applies"):
         read(UNSCORED, reward_answer)
+    lists = [{"prompt": "a", "completions": ["b", "c"], "answer": answer} for answer in ("x", None)]
+    with pytest.raises(DataError, match="row 1, completion 0: no reward applies"):
+        read(lists, reward_answer)
     with pytest.raises(ConfigError, match="2 numbers for 1 rewards"):
         read(UNSCORED, reward_length, reward_weights=[1.0, 2.0])
     with pytest.raises(ConfigError, match="'some/model' is a model"):
@@ -264,12 +269,49 @@ IDS = {"prompt_ids": [1], "completion_ids": [2]}
             "the columns 'reward' and completions",
         ),
         ([{"prompt": "a", "completion": "b"}], "no column 'reward'.* or reward_funcs"),
+        ([ROWS[0] | {"reward": None}, ROWS[1]], "row 0: reward is missing.* Leave such rows out"),
+        ([ROWS[0] | {"reward": True}], "row 0: reward is True.* Write 1 for True"),
+        ([ROWS[0] | {"reward": "1.0"}], "row 0: reward is '1.0'.* not as texts"),
+        ([{"prompt": "a", "completion": "b", "Reward": 1.0}], "mean to rename 'Reward'"),
+        ([{"prompt": "a", "completion": "b", "score": 1.0}], "mean to rename 'score'"),
+        ([{"prompt": "a", "response": "b", "reward": 1.0}], "mean to rename 'response'"),
+        (
+            [LISTS, LISTS | {"rewards": [1.0, None]}],
+            "row 1, completion 1: reward is missing",
+        ),
+        ([LISTS | {"completions": ["b", None]}], "row 0, completion 1: completion is missing"),
+        (
+            [{"prompt": "a", "completions": ["b", "c"], "reward": [1.0, 0.0]}],
+            "the columns 'reward' and completions: .*, which are completions, rewards, logps",
+        ),
+        (
+            [{"prompt": "a", "completions": ["b", "c"], "scores": [1.0, 0.0]}],
+            "no column 'reward' .rewards, a list, beside completions.; .* mean to rename 'scores'",
+        ),
+        (
+            [{"prompt": "a", "completions": [], "rewards": []}],
+            "train_dataset has no completion: all of its|train_dataset is empty: it has no row",
+        ),
     ],
 )
 def test_what_has_no_place(read, rows, says):
     for dataset in (Dataset.from_list(rows), stream(rows)):
         with pytest.raises(DataError, match=says):
             read(dataset)
+
+
+def test_texts_that_are_not_utf_8(read, tmp_path):
+    """Latin-1 passes for text until a row is looked at."""
+    lines = [json.dumps(row | {"prompt": "é"}, ensure_ascii=False) for row in ROWS]
+    (tmp_path / "rows.jsonl").write_bytes("\n".join(lines).encode("latin-1"))
+    rows = load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train")
+    with pytest.raises(DataError, match=r"train_dataset holds a text that is not UTF-8.* `iconv"):
+        read(rows)
+
+
+def test_a_list_without_entries_gives_no_row(read):
+    found = read([LISTS | {"completions": [], "rewards": []}, LISTS])
+    assert found["completion"] == ["b", "c"]
 
 
 @pytest.mark.parametrize("name", ["logp", "ref_logp"])
