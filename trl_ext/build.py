@@ -13,12 +13,26 @@ from trl import get_quantization_config as quantization_config_of
 from trl.trainer.utils import create_model_from_path
 
 from trl_ext.bundled import BUNDLED, PREFIX, resolve_model
-from trl_ext.errors import ConfigError, RunError, TrlExtError
+from trl_ext.environment import command_name
+from trl_ext.errors import ConfigError, OutOfMemoryError, RunError, TrlExtError
 from trl_ext.models.loading import base_of, is_adapter
 from trl_ext.recipe import Recipe
 from trl_ext.registry import TRAINERS
+from trl_ext.resume import is_out_of_memory
 from trl_ext.rewards import build_rewards
+from trl_ext.smaller import KEYS
 from trl_ext.tasks import load_splits
+
+# What TRL, transformers, peft and bitsandbytes raise at values that they do not take.
+_REFUSALS = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+)
 
 
 def build_trainer(recipe: Recipe, *, resumed: bool = False) -> Trainer:
@@ -44,8 +58,14 @@ def build_from(recipe: Recipe, parts: dict[str, Any]) -> Trainer:
         return TRAINERS.load(recipe.trainer)(**_loaded(parts))
     except TrlExtError:
         raise
-    except (ValueError, TypeError, AttributeError, ImportError, OSError, RuntimeError) as error:
-        # What TRL, transformers, peft and bitsandbytes say of values that they do not take.
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(
+                f"{recipe.path}: out of memory while the model loads: {error} It depends on "
+                f"{KEYS['load']}. What would fit: {command_name()} plan {recipe.path}"
+            ) from error
+        if not isinstance(error, _REFUSALS):
+            raise
         raise ConfigError(
             f"{recipe.path}: the {recipe.trainer} trainer cannot be built: {error} "
             "(--debug shows where)."

@@ -34,3 +34,15 @@ class RewardError(TrlExtError, RuntimeError):
 
 class RunError(TrlExtError, RuntimeError):
     """A run cannot start, go on or be saved: its directory is taken, its checkpoint unusable."""
+
+
+class OutOfMemoryError(RunError):
+    """A run takes more memory than there is; the message names the phase and what would help.
+
+    Attributes:
+        phase: load, generate, reward, score, train or save.
+    """
+
+    def __init__(self, message: str, phase: str = "load"):
+        super().__init__(message)
+        self.phase = phase

@@ -34,10 +34,13 @@ from trl_ext.record import (
 from trl_ext.report import before_after_table, hacking_table, held_out_gains
 from trl_ext.resume import check_same_run, explained, saving_failed, what_is_left
 from trl_ext.trl_adapter import end_training, load_checkpoint
+from trl_ext.trl_adapter.probe import LongestBatchFirst
 from trl_ext.watch import watch_of
 
 
-def train(recipe: Recipe, *, resume: bool | str = False, overwrite: bool = False) -> str:
+def train(
+    recipe: Recipe, *, resume: bool | str = False, overwrite: bool = False, probe: bool = False
+) -> str:
     """Train what a recipe says and leave the result and its record in `output_dir`.
 
     Args:
@@ -45,6 +48,7 @@ def train(recipe: Recipe, *, resume: bool | str = False, overwrite: bool = False
         resume: True continues from the newest complete checkpoint in `output_dir`, a path from
             that checkpoint.
         overwrite: replace the run that `output_dir` holds.
+        probe: run the longest possible batch first (`trl_ext.trl_adapter.probe`).
 
     Returns:
         How it ended: "finished", or "finished (stopped by the reward-hacking watch)".
@@ -64,7 +68,7 @@ def train(recipe: Recipe, *, resume: bool | str = False, overwrite: bool = False
         check_same_run(recipe, checkpoint)
     elif resume:
         print(f"{output_dir} has no checkpoint: starting from the beginning.", file=sys.stderr)
-    return train_in(record, recipe, checkpoint, overwrite=overwrite)
+    return train_in(record, recipe, checkpoint, overwrite=overwrite, probe=probe)
 
 
 def train_in(
@@ -73,6 +77,7 @@ def train_in(
     checkpoint: Path | None,
     *,
     overwrite: bool = False,
+    probe: bool = False,
     ends: bool = True,
 ) -> str:
     """Train what a recipe says, in the folder of a record that is known to be free for it.
@@ -82,6 +87,7 @@ def train_in(
         recipe: from `read_recipe`.
         checkpoint: go on from there; None: from the beginning.
         overwrite: replace what is there.
+        probe: as `train`.
         ends: False if these processes go on to something else: then they stay connected, and
             nothing is printed about how to use the result.
 
@@ -93,6 +99,8 @@ def train_in(
     """
     with record.begun(overwrite=overwrite):
         trainer = build_trainer(recipe, resumed=checkpoint is not None)
+        if probe:
+            trainer.add_callback(LongestBatchFirst(trainer))
         record.forget_after(int(checkpoint.name.split("-")[1]) if checkpoint else -1)
         record.describe(recipe.to_yaml())
     _train_recorded(trainer, record, checkpoint, ends=ends)
@@ -169,7 +177,8 @@ def _train_recorded(
         raise
     except Exception as error:
         loading = checkpoint if checkpoint and not stop.stepped else None
-        told = explained(error, record, trainer.state.global_step, loading)
+        phase = getattr(trainer, "phase", "train")
+        told = explained(error, record, trainer.state.global_step, loading, phase=phase)
         if told is error:
             raise
         raise told from error

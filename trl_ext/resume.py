@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 
 from trl_ext.environment import command_name
-from trl_ext.errors import ConfigError, RunError, TrlExtError
+from trl_ext.errors import ConfigError, OutOfMemoryError, RunError, TrlExtError
 from trl_ext.recipe import Recipe
 from trl_ext.record import RECIPE, RunRecord, is_complete, last_checkpoint
+from trl_ext.smaller import KEYS, SHARED_OUT, is_same_batch
 
 # What changes how long a run goes on and what it shows, but no step of it.
 _MAY_CHANGE = (
@@ -70,6 +71,8 @@ def check_same_run(
     if not file.is_file():
         return
     began, goes_on = (yaml.safe_load(text) for text in (file.read_text(), recipe.to_yaml()))
+    if is_same_batch(began, goes_on):
+        may_change = (*may_change, *SHARED_OUT)
     changed = [
         f"  {key}: was {_shown(began, key)}, now {_shown(goes_on, key)}"
         for key in sorted(began.keys() | goes_on.keys())
@@ -114,7 +117,12 @@ def instead_of(checkpoint: Path) -> str:
 
 
 def explained(
-    error: Exception, record: RunRecord, step: int, resumed: Path | None = None
+    error: Exception,
+    record: RunRecord,
+    step: int,
+    resumed: Path | None = None,
+    *,
+    phase: str = "train",
 ) -> Exception:
     """What a user is told of a failure in training, and what to do next.
 
@@ -123,22 +131,23 @@ def explained(
         record: of the run.
         step: the last one that was finished.
         resumed: the checkpoint that was being loaded; None once steps were taken.
+        phase: what the trainer was at.
 
     Returns:
         An error for it, or, where nothing is known of it, itself with a note.
     """
-    from accelerate.utils.memory import should_reduce_batch_size
-
     next_step = instead_of(resumed) if resumed else what_is_left(record.output_dir)
     if isinstance(error, TrlExtError):
         return type(error)(f"{error}\n{next_step}")
     if _lost_another(error):
         return RunError(f"Another process of this run has ended; its error says why.\n{next_step}")
-    if should_reduce_batch_size(error) or isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         recipe = shlex.quote(str(record.output_dir / RECIPE))
-        return RunError(
-            f"Out of memory after step {step}: {_first_line(error)}\nWhat would fit: "
-            f"{command_name()} plan {recipe}\n{next_step}"
+        return OutOfMemoryError(
+            f"Out of memory after step {step}, in the phase {phase!r}: {_first_line(error)}\n"
+            f"It depends on {KEYS[phase]}. What would fit: {command_name()} plan {recipe}\n"
+            f"{next_step}",
+            phase,
         )
     if resumed:
         reason = _first_line(error)
@@ -160,6 +169,13 @@ def saving_failed(error: Exception, record: RunRecord, step: int) -> RunError:
         f"written is removed. The disk of {record.output_dir} has {free:.1f} GB free: is it full, "
         f"or a quota used up? {what_is_left(record.output_dir)}"
     )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether there was no room on the device, or in the machine."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return should_reduce_batch_size(error) or isinstance(error, MemoryError)
 
 
 def _lost_another(error: Exception) -> bool:

@@ -42,6 +42,7 @@ FLOORS = (
     ("environment",),
     ("doctor",),
     ("record",),
+    ("smaller",),
     ("resume",),
     ("report",),
     ("callbacks",),

@@ -1,4 +1,4 @@
-"""What `trl_ext/trl_sft_adapter.py` and `trl_ext/rwr/offline*.py` rely on in TRL's SFTTrainer."""
+"""What `trl_ext/trl_sft_adapter/` and `trl_ext/rwr/offline*.py` rely on in TRL's SFTTrainer."""
 
 import inspect
 from dataclasses import fields

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from tests.e2e.conftest import write_recipe_in
-from tests.e2e.forked import Forked, trl_ext, two_ranks
+from tests.e2e.forked import REPOSITORY, Forked, trl_ext, two_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -118,18 +119,21 @@ def broken(where: str, *arguments: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "says"),
-    [("disk", "Saving at step 3 failed: [Errno 28] No space left"), ("memory", "Out of memory")],
+    ("where", "says", "kind", "ends"),
+    [
+        ("disk", "Saving at step 3 failed: [Errno 28] No space left", "RunError", 1),
+        ("memory", "Out of memory after step 2, in the phase 'train': ", "OutOfMemoryError", 3),
+    ],
 )
 def test_no_room_ends_with_one_error_and_what_was_saved_stays(
-    run, recipe, whole, tmp_path, where, says
+    run, recipe, whole, tmp_path, where, says, kind, ends
 ):
     environment = {"SIGNAL": "0", "PYTHONPATH": str(tmp_path)}
-    arguments = (broken, where, "train", str(recipe))
+    arguments = (broken, where, "train", str(recipe), "--keep-batch")
     code, _, err = Forked(*arguments, folder=tmp_path, environment=environment).end()
-    assert code == 1
+    assert code == ends
     assert f"Error: {says}" in err and "Traceback" not in err
-    assert last(err).startswith("trl_ext: failed (RunError), exit code 1; resume: ")
+    assert last(err).startswith(f"trl_ext: failed ({kind}), exit code {ends}; resume: ")
     newest = max(int(path.name[11:]) for path in (tmp_path / "run").glob("checkpoint-*"))
     assert newest == 2 and "The newest complete checkpoint is" in err
     go_on(run, tmp_path)
@@ -164,3 +168,58 @@ def test_one_process_that_fails_ends_all_and_says_why(recipe, tmp_path, reward):
     assert code == "1" and error.startswith(f"Error of process 1: The reward '{reward}' ")
     state = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
+
+
+SMALL_CARD = """
+import torch
+from trl_ext import PPOConfig, PPOTrainer
+
+class SmallCardConfig(PPOConfig):
+    pass
+
+class SmallCardTrainer(PPOTrainer):
+    def policy_loss(self, micro_batch):
+        if len(micro_batch.mask) > 4 and self.state.global_step >= 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return super().policy_loss(micro_batch)
+"""
+
+
+def test_a_run_that_outgrows_the_card_goes_on_in_smaller_parts_to_the_same_end(
+    run, recipe, tmp_path
+):
+    """Step 2 has no room, in the middle of a rollout: it goes on from the checkpoint of step 1."""
+    (tmp_path / "small_card.py").write_text(SMALL_CARD)
+    settings = ("num_iterations=2", "steps_per_generation=4", "gradient_accumulation_steps=2")
+    settings += (
+        "beta=0.1",
+        "kl_controller=adaptive",
+        "kl_target=0.5",
+        "per_device_eval_batch_size=8",
+    )
+    where = {"SIGNAL": "0", "PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "OMP_NUM_THREADS": "1"}
+    code, _, err = run("train", recipe, "trainer=ppo", "output_dir=large", *settings, **where)
+    assert code == 0, err
+    trainer = "trainer=small_card:SmallCardTrainer"
+    code, _, err = run("train", recipe, trainer, "output_dir=small", *settings, **where)
+    assert code == 0, err
+    smaller = "per_device_train_batch_size=4 gradient_accumulation_steps=4 steps_per_generation=8"
+    assert "Out of memory after step 1, in the phase 'train'" in err
+    assert f"Going on with the same batch in smaller parts: {smaller}" in err
+    left = yaml.safe_load((tmp_path / "small" / "recipe.yaml").read_text())
+    assert smaller == " ".join(
+        f"{key}={left[key]}" for key in smaller.replace("=", " ").split()[::2]
+    )
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("large", "small"))
+    for name, value in whole.items():
+        # Adam divides by a gradient's own size: one near 0 is rounding, and its step is not.
+        torch.testing.assert_close(parts[name], value, rtol=0, atol=1e-5)
+    rows = [json.loads(line) for line in (tmp_path / "small" / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows if "grad_norm" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_longest_batch_first(run, recipe, whole, tmp_path):
+    code, _, err = run("train", recipe, "--probe", SIGNAL="0")
+    assert code == 0, err
+    assert "The longest batch fits: 8 rows of up to " in err
+    assert same(tmp_path / "run", whole)

@@ -14,6 +14,7 @@ KINDS = {
     errors.DataError: ValueError,
     errors.RewardError: RuntimeError,
     errors.RunError: RuntimeError,
+    errors.OutOfMemoryError: RuntimeError,
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trl_ext.errors import RewardError, RunError
+from trl_ext.errors import OutOfMemoryError, RewardError, RunError
 from trl_ext.record import RunRecord
 from trl_ext.resume import explained, last_line, saving_failed, what_is_left
 
@@ -58,9 +58,11 @@ def test_an_error_of_ours_keeps_its_kind_and_says_what_is_left(record):
     ],
 )
 def test_no_memory(record, error):
-    told = explained(error, record, 4)
-    assert isinstance(told, RunError)
-    assert "Out of memory after step 4: " in str(told) and "long tale" not in str(told)
+    told = explained(error, record, 4, phase="generate")
+    assert isinstance(told, OutOfMemoryError) and told.phase == "generate"
+    assert "Out of memory after step 4, in the phase 'generate': " in str(told)
+    assert "It depends on fewer gradient_accumulation_steps" in str(told)
+    assert "long tale" not in str(told)
     assert f" plan '{record.output_dir}/recipe.yaml'\n" in str(told)
 
 

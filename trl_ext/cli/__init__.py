@@ -16,6 +16,7 @@ from trl_ext.errors import (
     ConfigError,
     DataError,
     MissingDependencyError,
+    OutOfMemoryError,
     PluginError,
     TrlExtError,
     UnknownNameError,
@@ -110,6 +111,13 @@ def _report(error: BaseException) -> int:
         print("Interrupted.", file=sys.stderr)
         return 128 + getattr(error, "signal", signal.SIGINT)
     print(f"Error: {error}", file=sys.stderr)
+    return exit_code(error)
+
+
+def exit_code(error: BaseException) -> int:
+    """2: for a person to mend; 3: too little memory; 1: what went wrong on the way."""
+    if isinstance(error, OutOfMemoryError):
+        return 3
     return 2 if isinstance(error, INPUT_ERRORS) else 1
 
 

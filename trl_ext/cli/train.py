@@ -8,33 +8,29 @@ examples:
 """
 
 import argparse
-import contextlib
 import json
 import logging
 import os
 import signal
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-from trl_ext.cli import INPUT_ERRORS
+from trl_ext.cli import exit_code
+from trl_ext.cli.ending import TOLD, Ending, launched
 from trl_ext.cli.launcher import check_launched, launch_command, wants_processes
-from trl_ext.errors import ConfigError, TrlExtError
-from trl_ext.recipe import read_recipe
+from trl_ext.errors import ConfigError, OutOfMemoryError, TrlExtError
+from trl_ext.recipe import Recipe, read_recipe
 from trl_ext.recipe.secrets import hide_secrets
 from trl_ext.recipe.shipped import recipe_names
-from trl_ext.record import RECIPE, is_first_process
-from trl_ext.resume import last_line
-
-# The file in which a launched process tells the one that launched it how training ended.
-_TOLD = "TRL_EXT_TOLD"
+from trl_ext.record import RECIPE
+from trl_ext.smaller import BY_MICRO_BATCH, smaller_batches
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments; everything else is an override."""
-    parser.usage = "%(prog)s RECIPE [--resume [DIR]] [--overwrite] [key=value ...]"
+    parser.usage = (
+        "%(prog)s RECIPE [--resume [DIR]] [--overwrite] [--probe] [--keep-batch] [key=value ...]"
+    )
     parser.add_argument("recipe", nargs="?", help="a YAML file, or the name of a shipped recipe")
     parser.add_argument(
         "--resume",
@@ -47,20 +43,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace what output_dir already holds"
     )
+    parser.add_argument(
+        "--probe", action="store_true", help="run the longest possible batch first: does it fit?"
+    )
+    parser.add_argument(
+        "--keep-batch",
+        action="store_true",
+        help="end the run when memory runs out, instead of going on with half the micro-batch",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Train here, or in the processes of a launcher; the last line of stderr says how it ended."""
-    ending = _Ending()
+    ending = Ending()
     try:
         how = _train(args, ending)
     except KeyboardInterrupt as error:
         number = getattr(error, "signal", signal.SIGINT)
         code = ending.tell(f"stopped ({number.name})", 128 + number)
         # A launcher would take an orderly stop for a crash, and report it at length.
-        return 0 if hasattr(error, "signal") and _TOLD in os.environ else code
+        return 0 if hasattr(error, "signal") and TOLD in os.environ else code
     except TrlExtError as error:
-        code = 2 if isinstance(error, INPUT_ERRORS) else 1
+        code = exit_code(error)
         line = ending.note(f"failed ({type(error).__name__})", code, error)
         raise type(error)(f"{error}\n{line}") from error
     except Exception as error:
@@ -69,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     return how if isinstance(how, int) else ending.tell(how, 0)
 
 
-def _train(args: argparse.Namespace, ending: "_Ending") -> str | int:
+def _train(args: argparse.Namespace, ending: "Ending") -> str | int:
     """How training ended, or the exit code of what was launched, which has told it."""
     _give_back_what_resume_took(args)
     if args.recipe is None:
@@ -84,93 +88,43 @@ def _train(args: argparse.Namespace, ending: "_Ending") -> str | int:
     if wants_processes(recipe.launcher) and "LOCAL_RANK" not in os.environ:
         command = launch_command(recipe, _arguments(args))
         print("Launching:", " ".join(hide_secrets(command)), file=sys.stderr, flush=True)
-        return _launched(command, ending)
+        code = launched(command, ending)
+        return _train(args, ending) if ending.phase and _goes_on(args, recipe, ending) else code
     check_launched(recipe.launcher)
     # Said at import of a kernel that nothing here uses; it reads as if the installation had failed.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from trl_ext.launch import train
 
-    return train(recipe, resume=args.resume, overwrite=args.overwrite)
-
-
-class _Ending:
-    """The last line that this command prints.
-
-    Attributes:
-        output_dir: of the run; None until the recipe is read.
-    """
-
-    output_dir: Path | None = None
-
-    def note(self, what: str, code: int, error: Exception | None = None) -> str:
-        """The line; of several processes the first to end also tells it to the one above."""
-        line = last_line(what, code, self.output_dir)
-        if _TOLD in os.environ:
-            rank = os.environ.get("RANK")
-            why = "" if error is None else f"Error of process {rank}: {error}\n"
-            with contextlib.suppress(FileExistsError), open(os.environ[_TOLD], "x") as told:
-                told.write(f"{code}\n{why}{line}")
-        return line
-
-    def tell(self, what: str, code: int) -> int:
-        """Print the line, once; the exit code."""
-        if is_first_process():
-            line = self.note(what, code)
-            if _TOLD not in os.environ:
-                print(line, file=sys.stderr, flush=True)
-        return code
-
-
-def _launched(command: list[str], ending: _Ending) -> int:
-    """Run a launcher to its end; below its own report, say how the first process to end did."""
-    with tempfile.TemporaryDirectory(prefix="trl_ext-") as folder:
-        told = Path(folder) / "told"
-        # In a session of its own: a Ctrl-C would reach its processes from the terminal and from
-        # the launcher, and the second one ends them at once.
-        launcher = subprocess.Popen(
-            command, env=os.environ | {_TOLD: str(told)}, start_new_session=True
-        )
-        with _passing_on(launcher) as signals:
-            code = launcher.wait()
-        first, _, text = told.read_text().partition("\n") if told.exists() else ("", "", "")
-    if signals and not first:
-        return ending.tell(f"stopped ({signal.Signals(signals[0]).name})", 128 + signals[0])
-    if not first or (code and int(first) == 0):
-        code = 128 - code if code < 0 else code
-        return ending.tell("failed (in the launcher)" if code else "finished", code)
-    print(text, file=sys.stderr, flush=True)
-    return int(first)
-
-
-@contextlib.contextmanager
-def _passing_on(launcher: subprocess.Popen) -> Iterator[list[int]]:
-    """Pass the signals that end a run on to the processes of a launcher; those that came.
-
-    Not to the launcher: it would kill what has not ended after 30 s.
-    """
-    import psutil
-
-    came: list[int] = []
-
-    def pass_on(number: int, frame: object) -> None:
-        at_once = number == signal.SIGINT in came
-        came.append(number)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            above = psutil.Process(launcher.pid)
-            if at_once:
-                for process in (above, *above.children(recursive=True)):
-                    process.kill()
-            else:
-                for process in above.children() or [above]:
-                    process.send_signal(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    earlier = {number: signal.signal(number, pass_on) for number in numbers}
     try:
-        yield came
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+        return train(recipe, resume=args.resume, overwrite=args.overwrite, probe=args.probe)
+    except OutOfMemoryError as error:
+        ending.phase = error.phase
+        if "LOCAL_RANK" in os.environ or not _goes_on(args, recipe, ending, error):
+            raise
+    # A fresh process: in this one much would still hold memory.
+    program = [sys.executable, "-m", "trl_ext", *_arguments(args)]
+    sys.stdout.flush()
+    os.execv(sys.executable, program)
+
+
+def _goes_on(
+    args: argparse.Namespace, recipe: Recipe, ending: "Ending", error: Exception | None = None
+) -> bool:
+    """Whether a run that is out of memory goes on with smaller micro-batches: then `args` do so."""
+    phase, ending.phase = ending.phase, None
+    smaller = smaller_batches(recipe)
+    if args.keep_batch or phase not in BY_MICRO_BATCH or smaller is None:
+        return False
+    settings = [f"{key}={value}" for key, value in smaller.items()]
+    told = "" if error is None else f"{error}\n"
+    print(
+        f"{told}Going on with the same batch in smaller parts: {' '.join(settings)}",
+        file=sys.stderr,
+        flush=True,
+    )
+    args.overrides += settings
+    args.resume, args.overwrite = True, False
+    return True
 
 
 def _give_back_what_resume_took(args: argparse.Namespace) -> None:
@@ -230,5 +184,10 @@ def _arguments(args: argparse.Namespace) -> list[str]:
     """This command line again, for the processes that are launched."""
     resume = [] if args.resume is False else ["--resume"]
     resume += [args.resume] if isinstance(args.resume, str) else []
-    overwrite = ["--overwrite"] if args.overwrite else []
-    return ["train", args.recipe, *overwrite, *resume, *args.overrides]
+    flags = {
+        "--overwrite": args.overwrite,
+        "--probe": args.probe,
+        "--keep-batch": args.keep_batch,
+    }
+    given = [flag for flag, is_given in flags.items() if is_given]
+    return ["train", args.recipe, *given, *resume, *args.overrides]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerState
+from trl.trainer.utils import split_tensor_dict
 
 from trl_ext.errors import RunError
 from trl_ext.trl_adapter.loss import Loss
@@ -21,6 +22,7 @@ class Checkpoints(Loss):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As transformers; one that learns process rewards to `process_reward/scorer`."""
+        self.phase = "save"
         super().save_model(output_dir, _internal_call)
         if self.process_reward is not None and self.args.should_save:
             folder = Path(output_dir or self.args.output_dir or ".")
@@ -50,6 +52,7 @@ class Checkpoints(Loss):
         super()._save_rng_state(output_dir)
         rollout = {
             "step": self._step,
+            "steps_per_generation": self.args.steps_per_generation,
             "num_processes": self.accelerator.num_processes,
             "buffered_inputs": self._unused_rollout(),
             "kl": self.kl.state(),
@@ -78,7 +81,7 @@ class Checkpoints(Loss):
                     f"be resumed by {self.accelerator.num_processes}: each holds its share of a "
                     f"rollout. Set num_processes={rollout['num_processes']}."
                 )
-            self._step, self._buffered_inputs = rollout["step"], rollout["buffered_inputs"]
+            self._take_rollout(rollout)
             self.kl.load_state(rollout["kl"])
             self._rollout_is_spent = rollout["is_spent"]
             self.load_extra_state(rollout["extra"])
@@ -87,6 +90,22 @@ class Checkpoints(Loss):
             self.restore_all(Path(checkpoint))
             if self.process_reward is not None:
                 self.process_reward.load_state(rollout["process_reward"])
+
+    def _take_rollout(self, rollout: dict[str, Any]) -> None:
+        """The rollout under way; in smaller micro-batches, if there are more of them now."""
+        now = self._steps_per_generation
+        then = rollout.get("steps_per_generation", now)
+        if now % then:
+            raise RunError(
+                f"The checkpoint's rollouts are in {then} micro-batches, and cannot be shared out "
+                f"to {now}: take a multiple. (per_device_train_batch_size goes down as "
+                "gradient_accumulation_steps goes up.)"
+            )
+        buffered = rollout["buffered_inputs"]
+        self._step = rollout["step"] * (now // then)
+        self._buffered_inputs = buffered and [
+            part for batch in buffered for part in split_tensor_dict(batch, now // then)
+        ]
 
     def _read_rollout(self, checkpoint: str) -> dict[str, Any]:
         # The second CPU process has the device "cpu:1", which torch.load does not know.

@@ -29,6 +29,9 @@ class Hooks(TRLGRPOTrainer):
     # What to compute from the policy's hidden states (b, T+1, H) whenever it scores completions:
     # those that predict the tokens 0..T-1 and what would follow. Set before training, or None.
     read_hidden: Callable[[Tensor], Tensor] | None = None
+    # What it is at: load, generate, reward, score (a pass without gradient), train, save. The last
+    # one is what ran out of memory, if anything did.
+    phase = "load"
     _is_built = False
 
     def set_up(self) -> None:
@@ -159,8 +162,13 @@ class Hooks(TRLGRPOTrainer):
     @property
     def _generate_every(self) -> int:
         """Micro-batches between two rollouts."""
+        return self._steps_per_generation * self.num_iterations
+
+    @property
+    def _steps_per_generation(self) -> int:
+        """Micro-batches of a rollout."""
         assert self.args.steps_per_generation is not None
-        return self.args.steps_per_generation * self.num_iterations
+        return self.args.steps_per_generation
 
     @property
     def _replaces_loss(self) -> bool:

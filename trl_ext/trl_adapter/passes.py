@@ -101,6 +101,7 @@ class Passes(Hooks):
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
     ):
+        self.phase = "train" if torch.is_grad_enabled() else "score"
         score = partial(super()._get_per_token_logps_and_entropies, model, input_ids)
         if self.read_hidden is None or model is self.ref_model:
             result, readout = score(attention_mask, logits_to_keep, *args, **kwargs), None

@@ -88,11 +88,13 @@ class Rollouts(Passes):
         return columns | {"is_truncated": [row[-1] not in ends for row in ids]}
 
     def _generate(self, prompts):
+        self.phase = "generate"
         result = super()._generate(prompts)
         self._prompt_ids = result[0]
         return result
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self.phase = "reward"
         self._to_score = inputs, prompts, completions, completion_ids_list
         inputs = with_columns(inputs, self._offered_columns(completion_ids_list))
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from trl_ext.callbacks import Stopped
-from trl_ext.cli import launcher
+from trl_ext.cli import launcher, main
 from trl_ext.cli import train as train_command
-from trl_ext.errors import DataError, RewardError, RunError
+from trl_ext.errors import DataError, OutOfMemoryError, RewardError, RunError
 
 
 @pytest.fixture
@@ -22,10 +22,8 @@ def calls(home, monkeypatch) -> list[dict]:
     """Each call of `trl_ext.launch.train`, with the environment at that moment."""
     seen = []
 
-    def train(recipe, *, resume=False, overwrite=False):
-        seen.append(
-            {"recipe": recipe, "resume": resume, "overwrite": overwrite, "env": dict(os.environ)}
-        )
+    def train(recipe, **options):
+        seen.append({"recipe": recipe, **options, "env": dict(os.environ)})
         return "finished"
 
     monkeypatch.setitem(sys.modules, "trl_ext.launch", types.SimpleNamespace(train=train))
@@ -102,7 +100,7 @@ def test_a_run_is_gone_on_with_by_its_folder_alone(calls, trl_ext, ran, argv, re
 
 def test_launched_it_is_the_same_run(calls, trl_ext, ran, monkeypatch):
     commands = []
-    monkeypatch.setattr(train_command, "_launched", lambda *given: commands.append(given[0]) or 0)
+    monkeypatch.setattr(train_command, "launched", lambda *given: commands.append(given[0]) or 0)
     monkeypatch.setattr(launcher, "_device_count", lambda: 0)
     assert trl_ext("train", "--resume", str(ran), "num_processes=2")[0] == 0
     arguments = commands[0][commands[0].index("train") :]
@@ -210,7 +208,7 @@ signal.signal(signal.SIGTERM, stop)
 
 def under(program: str, capfd) -> tuple[int, str]:
     command = [sys.executable, "-c", LAUNCHER, PROCESS + program]
-    code = train_command._launched(command, train_command._Ending())
+    code = train_command.launched(command, train_command.Ending())
     return code, capfd.readouterr().err
 
 
@@ -307,7 +305,7 @@ def launched(monkeypatch, trl_ext, devices, *argv):
         commands.append(command)
         return 0
 
-    monkeypatch.setattr(train_command, "_launched", run)
+    monkeypatch.setattr(train_command, "launched", run)
     monkeypatch.setattr(launcher, "_device_count", lambda: devices)
     code, _, err = trl_ext("train", "rwr/first", *argv)
     assert code == 0, err
@@ -340,7 +338,7 @@ def test_an_accelerate_config(calls, trl_ext, monkeypatch):
 
 def test_a_child_trains_in_process(calls, trl_ext, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(train_command, "_launched", lambda *_: pytest.fail("launched again"))
+    monkeypatch.setattr(train_command, "launched", lambda *_: pytest.fail("launched again"))
     assert trl_ext("train", "rwr/first", "num_processes=2")[0] == 0
     assert len(calls) == 1
 
@@ -395,3 +393,88 @@ def test_only_a_request_for_processes_launches():
     assert launcher.wants_processes({"num_processes": 2})
     assert launcher.wants_processes({"num_machines": 2})
     assert launcher.wants_processes({"accelerate_config": "single_gpu"})
+
+
+@pytest.fixture
+def no_room(monkeypatch):
+    """`train` runs out of memory in a phase that is set, in a process of its own."""
+    phases: list[str] = []
+    programs: list[list[str]] = []
+
+    def train(recipe, **_):
+        raise OutOfMemoryError("No room.", phases[0])
+
+    def execv(path, program):
+        programs.append(program[1:])
+        raise SystemExit(0)
+
+    monkeypatch.setitem(sys.modules, "trl_ext.launch", types.SimpleNamespace(train=train))
+    monkeypatch.setattr(os, "execv", execv)
+    return phases, programs
+
+
+@pytest.mark.parametrize("phase", ["score", "train"])
+def test_out_of_memory_goes_on_with_smaller_micro_batches(home, trl_ext, no_room, capsys, phase):
+    phases, programs = no_room
+    phases.append(phase)
+    argv = ["--overwrite", "seed=1", "per_device_train_batch_size=6", "steps_per_generation=4"]
+    with pytest.raises(SystemExit):
+        main(["train", "rwr/first", *argv])
+    smaller = ["per_device_train_batch_size=3", "gradient_accumulation_steps=2"]
+    expected = ["rwr/first", "--resume", *argv[1:], *smaller, "steps_per_generation=8"]
+    assert programs == [["-m", "trl_ext", "train", *expected]]
+    assert f"No room.\nGoing on with {' '.join(smaller)}" in capsys.readouterr().err.replace(
+        "the same batch in smaller parts: ", ""
+    )
+
+
+@pytest.mark.parametrize(
+    ("phase", "argv"),
+    [
+        ("generate", []),
+        ("train", ["--keep-batch"]),
+        ("train", ["per_device_train_batch_size=1", "gradient_accumulation_steps=8"]),
+    ],
+)
+def test_out_of_memory_ends_the_run(home, trl_ext, no_room, phase, argv):
+    phases, programs = no_room
+    phases.append(phase)
+    code, _, err = trl_ext("train", "rwr/first", *argv)
+    assert code == 3 and programs == []
+    assert err == "Error: No room.\ntrl_ext: failed (OutOfMemoryError), exit code 3\n"
+
+
+def test_launched_processes_without_room_are_launched_again(home, trl_ext, monkeypatch):
+    commands: list[list[str]] = []
+
+    def run(command, ending):
+        commands.append(command)
+        ending.phase = "train" if len(commands) == 1 else None
+        return 3 if len(commands) == 1 else 0
+
+    monkeypatch.setattr(train_command, "launched", run)
+    monkeypatch.setattr(launcher, "_device_count", lambda: 0)
+    argv = ["num_processes=2", "per_device_train_batch_size=4"]
+    assert trl_ext("train", "rwr/first", "--probe", *argv)[0] == 0
+    first, second = (command[command.index("train") + 1 :] for command in commands)
+    assert first == ["rwr/first", "--probe", *argv, "ddp_backend=gloo"]
+    smaller = ["per_device_train_batch_size=2", "gradient_accumulation_steps=2"]
+    assert second == ["rwr/first", "--probe", "--resume", *argv, *smaller, "ddp_backend=gloo"]
+
+
+def test_a_launched_process_tells_the_phase_of_too_little_memory(
+    home, trl_ext, no_room, monkeypatch
+):
+    no_room[0].append("train")
+    monkeypatch.setenv("TRL_EXT_TOLD", "told")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("RANK", "0")
+    assert trl_ext("train", "rwr/first")[0] == 3
+    assert Path("told").read_text().startswith("3 train\nError of process 0: No room.\n")
+
+
+def test_what_was_told_of_the_phase_is_read(home, capfd):
+    ending = train_command.Ending()
+    program = "open(os.environ['TRL_EXT_TOLD'], 'w').write('3 score\\nError.')"
+    code = train_command.launched([sys.executable, "-c", f"import os; {program}"], ending)
+    assert (code, ending.phase) == (3, "score")

@@ -404,7 +404,7 @@ def test_packed_rows_do_not_see_each_other(make, attention):
 
 
 def test_with_zero3_packing_cannot_be_checked(make, monkeypatch):
-    monkeypatch.setattr(trl_sft_adapter, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("trl_ext.trl_sft_adapter.trainer.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ConfigError, match="ZeRO-3 it cannot be checked"):
         make(packing=True, max_length=12)
 
