@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
@@ -63,11 +64,12 @@ class ShortProgress(ProgressCallback):
                 bar.close()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and self.training_bar is not None:
+        if state.is_world_process_zero:
             named = {name: value for name, value in (logs or {}).items() if name in self.shown}
             numbers = [f"{name} {value:.4g}" for name, value in named.items() if value is not None]
             if numbers:
-                self.training_bar.write(f"step {state.global_step}: " + ", ".join(numbers))
+                # The evaluation after training is logged when its bar is closed and gone.
+                tqdm.write(f"step {state.global_step}: " + ", ".join(numbers))
 
 
 class StopOnDivergence(TrainerCallback):

@@ -33,7 +33,7 @@ class RewardError(TrlExtError, RuntimeError):
 
 
 class RunError(TrlExtError, RuntimeError):
-    """A run cannot start, go on or be saved: its directory is taken, its checkpoint unusable."""
+    """A run cannot go on or be saved: its checkpoint is unusable, its disk full."""
 
 
 class OutOfMemoryError(RunError):

@@ -22,7 +22,7 @@ from trl_ext.callbacks import (
     Stopped,
     sync_files,
 )
-from trl_ext.errors import RunError
+from trl_ext.errors import ConfigError
 from trl_ext.recipe import Recipe
 from trl_ext.record import (
     RECIPE,
@@ -33,6 +33,7 @@ from trl_ext.record import (
 )
 from trl_ext.report import before_after_table, hacking_table, held_out_gains
 from trl_ext.resume import check_same_run, explained, saving_failed, what_is_left
+from trl_ext.reward_model.before_after import accuracy_table
 from trl_ext.trl_adapter import end_training, load_checkpoint
 from trl_ext.trl_adapter.probe import LongestBatchFirst
 from trl_ext.watch import watch_of
@@ -113,7 +114,7 @@ def check_kept(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
     """Refuse to replace a run with one that is made from it.
 
     Raises:
-        RunError: if the model, an expert, the dataset or what a reward is made of lies in the
+        ConfigError: if the model, an expert, the dataset or what a reward is made of lies in the
             directory that would be removed.
     """
     if not overwrite:
@@ -124,7 +125,7 @@ def check_kept(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
     for key, value in _texts_in(used):
         path = Path(value).expanduser()
         if path.exists() and path.resolve().is_relative_to(output_dir.resolve()):
-            raise RunError(
+            raise ConfigError(
                 f"--overwrite would remove {key} {str(path)!r}, which lies in the output_dir. "
                 "Give another: output_dir=..."
             )
@@ -206,6 +207,10 @@ def _finish(trainer: Trainer, record: RunRecord, *, ends: bool) -> None:
         gains = held_out_gains(record)
         if gains:
             print(f"\n{before_after_table(gains)}\n")
+        if isinstance(trainer, RewardTrainer) and (
+            compared := accuracy_table(trainer.state.log_history, trainer.eval_dataset)
+        ):
+            print(f"\n{compared}\n")
         if watched := hacking_table(record):
             print(f"{watched}\n")
         print(_how_to_use(trainer, record.output_dir), flush=True)

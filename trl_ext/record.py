@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.environment import environment
-from trl_ext.errors import RunError
+from trl_ext.errors import ConfigError, RunError
 from trl_ext.recipe.secrets import hide_secrets
 
 RECIPE = "recipe.yaml"
@@ -50,8 +50,9 @@ class RunRecord:
         """Whether `output_dir` may become this run's own; nothing is changed.
 
         Raises:
-            RunError: if it holds anything, and neither resume nor overwrite is asked for; if
-                what would be resumed or removed is not a run; or if no directory can be there.
+            ConfigError: if it holds anything, and neither resume nor overwrite is asked for; or if
+                what would be resumed or removed is not a run.
+            RunError: if no directory can be there.
         """
         name = str(self.output_dir)
         with _writing(name):
@@ -63,17 +64,17 @@ class RunRecord:
             return
         if not self.is_run and (resume or overwrite):
             what = "--resume would train over" if resume else "--overwrite would remove"
-            raise RunError(
+            raise ConfigError(
                 f"{what} output_dir {name!r}, which holds files but no {RECIPE} and {ENVIRONMENT} "
                 "of a run. Give another output_dir, or empty it yourself."
             )
         if overwrite and Path.cwd().is_relative_to(self.output_dir.resolve()):
-            raise RunError(
+            raise ConfigError(
                 f"--overwrite would remove output_dir {name!r}, which the current folder is or "
                 "lies in. Give another output_dir, or go elsewhere."
             )
         if not (resume or overwrite):
-            raise RunError(
+            raise ConfigError(
                 f"output_dir {name!r} holds another run. Continue it with --resume, replace it "
                 "with --overwrite, or give another: output_dir=..."
                 if self.is_run

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from trl_ext.record import EVALUATIONS, RunRecord
 from trl_ext.watch import HACKING
+from trl_ext.watch.measures import WORDS
 
 # Two-sided 95% of the normal distribution; with fewer prompts than this its interval is too narrow.
 _Z = 1.96
@@ -46,7 +47,8 @@ def held_out_gains(record: RunRecord) -> dict[str, Gain]:
 
     Returns:
         "reward"; and "accuracy", the share of completions with reward 1, where rewards lie in
-        [0, 1] and some reach 1. Where all are 0 or 1 the two are one: "accuracy".
+        [0, 1] and some reach 1. Where all are 0 or 1 the two are one: "accuracy". Where a gold
+        reward was watched they are "proxy reward" and "proxy accuracy".
     """
     evaluations = record.rows(EVALUATIONS)
     if len(evaluations) < 2 or evaluations[0]["step"] != 0:
@@ -58,8 +60,10 @@ def held_out_gains(record: RunRecord) -> dict[str, Gain]:
         measures["reward"] = float
     if 1 in given and all(0 <= reward <= 1 for reward in given):
         measures["accuracy"] = lambda reward: float(reward == 1)
+    # Beside a gold reward, a full proxy reward may be anything but right.
+    of = "proxy " if (record.output_dir / HACKING).is_file() else ""
     gains = {
-        name: _gain(first, last, measure, evaluations[-1]["step"])
+        of + name: _gain(first, last, measure, evaluations[-1]["step"])
         for name, measure in (measures or {"reward": float}).items()
     }
     return {name: gain for name, gain in gains.items() if gain}
@@ -67,39 +71,27 @@ def held_out_gains(record: RunRecord) -> dict[str, Gain]:
 
 def before_after_table(gains: dict[str, Gain]) -> str:
     """The gains as a small table for the terminal."""
+    width = max(8, *map(len, gains))
     lines = [
         "Held-out prompts, which training never saw",
-        f"  {'':8}   before    after     gain   95% interval",
+        f"  {'':{width}}   before    after     gain   95% interval",
     ]
     for name, gain in gains.items():
         low, high = gain.interval
         lines.append(
-            f"  {name:8}  {gain.before:7.3f}  {gain.after:7.3f}  {gain.gain:+7.3f}   "
+            f"  {name:{width}}  {gain.before:7.3f}  {gain.after:7.3f}  {gain.gain:+7.3f}   "
             f"{low:+.3f} to {high:+.3f}"
         )
         if low <= 0 <= high:
             lines.append("  The interval contains 0: this run does not show a gain.")
     any_gain = next(iter(gains.values()))
     lines.append(
-        f"  on {any_gain.prompts} prompts, {any_gain.completions} sampled completions each time; "
+        f"  on {any_gain.prompts} prompts, {any_gain.completions} completions in all, each time; "
         f"after = step {any_gain.step}"
     )
     if any_gain.prompts < _FEW:
         lines.append(f"  Fewer than {_FEW} prompts: the interval is only a rough guide.")
     return "\n".join(lines)
-
-
-# What the table of the watch shows, and how.
-_WATCHED = {
-    "proxy_reward": "proxy reward (trained on)",
-    "gold_reward": "gold reward (held out)",
-    "kl": "KL to before, nats",
-    "length": "length, tokens",
-    "truncated": "share truncated",
-    "repetition": "repeated 3-grams",
-    "distinct_1": "distinct 1-grams",
-    "distinct_2": "distinct 2-grams",
-}
 
 
 def hacking_table(record: RunRecord) -> str:
@@ -118,17 +110,17 @@ def hacking_table(record: RunRecord) -> str:
     ]
     lines += [
         f"  {words:26}" + "".join(f"{_with_interval(row.get(name)):>18}" for row in shown.values())
-        for name, words in _WATCHED.items()
+        for name, words in WORDS.items()
     ]
     lines += [f"  Alarm, {message}." for message in seen["alarms"].values()]
     lines += [] if seen["alarms"] else ["  No alarm."]
     return "\n".join([*lines, f"  The policy with the best gold reward is in {seen['best']}."])
 
 
-def _with_interval(mean: list[Any] | None) -> str:
-    if mean is None or mean[0] is None:
+def _with_interval(measured: dict[str, Any] | None) -> str:
+    if measured is None or measured["mean"] is None:
         return "not measured"
-    value, error = mean
+    value, error = measured["mean"], measured["standard_error"]
     return f"{value:.3f}" if error is None else f"{value:.3f} ± {_Z * error:.3f}"
 
 

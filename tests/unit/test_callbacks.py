@@ -8,10 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from trl_ext import callbacks
-from trl_ext.callbacks import DurableCheckpoints, StopOnSignal
+from trl_ext.callbacks import DurableCheckpoints, ShortProgress, StopOnSignal
 from trl_ext.record import last_checkpoint
 
 MARK = "trainer_state.json"
@@ -219,3 +225,21 @@ def test_training_that_nobody_stops_says_so(make):
     stop = StopOnSignal()
     make(stop).train()
     assert stop.signal == 0 and stop.stepped
+
+
+def test_the_evaluation_after_training_is_shown(make, capsys):
+    """Its bar is closed by then; transformers shows nothing more."""
+    trainer = make(ShortProgress(), max_steps=1, logging_steps=1, save_strategy="no")
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    capsys.readouterr()
+    trainer.evaluate(trainer.train_dataset)
+    loss = trainer.state.log_history[-1]["eval_loss"]
+    assert capsys.readouterr().out == f"step 1: eval_loss {loss:.4g}\n"
+
+
+def test_what_other_processes_log_is_not_shown(make, capsys):
+    trainer = make(ShortProgress(), max_steps=1, logging_steps=1, save_strategy="no")
+    trainer.state.is_world_process_zero = False
+    ShortProgress().on_log(trainer.args, trainer.state, trainer.control, logs={"eval_loss": 1.0})
+    assert capsys.readouterr().out == ""

@@ -508,9 +508,9 @@ def test_another_recipe_does_not_go_on(write, tmp_path):
     with pytest.raises(ConfigError, match=rf"(?s)beta: was 0\.1, now 0\.2.* {goes_on}"):
         iterate(write(max_steps=1, beta=0.2), 2, resume=True)
     assert (tmp_path / "run/recipe.yaml").read_text() == before
-    with pytest.raises(RunError, match="holds another run"):
+    with pytest.raises(ConfigError, match="holds another run"):
         iterate(write(max_steps=1), 1)
-    with pytest.raises(RunError, match="model_name_or_path"):
+    with pytest.raises(ConfigError, match="model_name_or_path"):
         inside = str(tmp_path / "run/round-1")
         iterate(write(max_steps=1, model_name_or_path=inside), 1, overwrite=True)
     iterate(write(max_steps=1, beta=0.2), 1, overwrite=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_ext.errors import RunError
+from trl_ext.errors import ConfigError, RunError
 from trl_ext.record import (
     METRICS,
     RunRecord,
@@ -54,12 +54,12 @@ def test_a_directory_belongs_to_one_run(tmp_path):
         pass
     record.check_free(resume=False, overwrite=False)  # still empty
     (tmp_path / "run" / "recipe.yaml").write_text("trainer: rwr\n")
-    with pytest.raises(RunError, match="holds files already"):
+    with pytest.raises(ConfigError, match="holds files already"):
         record.check_free(resume=False, overwrite=False)
-    with pytest.raises(RunError, match="would train over"):
+    with pytest.raises(ConfigError, match="would train over"):
         record.check_free(resume=True, overwrite=False)
     record.describe("trainer: rwr\n")
-    with pytest.raises(RunError, match="holds another run"):
+    with pytest.raises(ConfigError, match="holds another run"):
         record.check_free(resume=False, overwrite=False)
     record.check_free(resume=True, overwrite=False)
     with record.begun(overwrite=False):
@@ -91,9 +91,9 @@ def test_a_directory_is_as_it_was_if_its_new_run_cannot_be_built(tmp_path):
 
 def test_overwrite_never_removes_what_is_not_a_run(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(RunError, match=r"no recipe\.yaml"):
+    with pytest.raises(ConfigError, match=r"no recipe\.yaml"):
         RunRecord(tmp_path).check_free(resume=False, overwrite=True)
-    with pytest.raises(RunError, match="holds files already"):
+    with pytest.raises(ConfigError, match="holds files already"):
         RunRecord(tmp_path).check_free(resume=False, overwrite=False)
     assert (tmp_path / "notes.txt").exists()
 
@@ -149,5 +149,5 @@ def test_killed_while_it_begins_a_folder_is_free_or_a_run(tmp_path, monkeypatch,
     record.check_free(resume=record.is_run, overwrite=False)
     assert record.rows(METRICS) == ([{"step": 1}] if written == 3 else [])
     (record.output_dir / "thesis.txt").write_text("mine")
-    with pytest.raises(RunError, match="holds"):
+    with pytest.raises(ConfigError, match="holds"):
         record.check_free(resume=False, overwrite=False)

@@ -2,6 +2,7 @@ import pytest
 
 from trl_ext.record import EVALUATIONS, RunRecord
 from trl_ext.report import before_after_table, held_out_gains
+from trl_ext.watch import HACKING
 
 
 def record_with(tmp_path, *evaluations) -> RunRecord:
@@ -70,4 +71,20 @@ def test_the_table_says_when_a_gain_is_not_shown(tmp_path):
     clear = held_out_gains(record_with(tmp_path / "clear", (0, [[0]] * 40), (5, rewards)))
     text = before_after_table(clear)
     assert "does not show" not in text
-    assert "+0.500" in text and "40 prompts, 40 sampled completions" in text
+    assert "+0.500" in text and "on 40 prompts, 40 completions in all, each time; after" in text
+
+
+def test_beside_a_gold_reward_the_rewards_are_called_proxies(tmp_path):
+    """Prompt means 0 -> 0.5, 0 -> 0.25, of full reward 0 -> 0.5, 0 -> 0."""
+    record = record_with(tmp_path, (0, [[0, 0], [0, 0]]), (5, [[1, 0], [0.5, 0]]))
+    plain = before_after_table(held_out_gains(record)).splitlines()
+    (tmp_path / HACKING).write_text("{}")
+    gains = held_out_gains(record)
+    assert list(gains) == ["proxy reward", "proxy accuracy"]
+    assert (gains["proxy reward"].after, gains["proxy accuracy"].after) == (0.375, 0.25)
+    _, header, *rows = before_after_table(gains).splitlines()
+    at = header.index("before") + len("before")
+    watched = [row for row in rows if row.startswith("  proxy")]
+    assert [row[:at].split()[-1] for row in watched] == ["0.000", "0.000"], "columns in line"
+    at = plain[1].index("before") + len("before")
+    assert plain[2][:at] == "  reward      0.000"

@@ -4,13 +4,14 @@ import json
 import logging
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from tests.tiny import QUIET, count_a, prompts, save_tiny_llama
@@ -343,11 +344,21 @@ def test_a_fall_is_said_once_and_the_best_policy_kept(model_path, tmp_path, capl
     kept = AutoModelForCausalLM.from_pretrained(out / BEST)
     assert same(weights(kept), watch.weights[2])
     assert not same(weights(kept), watch.weights[5])
-    assert json.loads((out / BEST / HACKING).read_text())["step"] == 2
+    kept_with = json.loads((out / BEST / HACKING).read_text())
+    assert kept_with["step"] == 2
+    # 0.9 and 0 to 0.004 more, by the place of a completion in its batch of eight.
+    assert 0.9 <= kept_with["gold_reward"]["mean"] <= 0.904
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
     record = json.loads((out / HACKING).read_text())
     assert (record["best_step"], record["prompts"]) == (2, 12)
     assert [row["step"] for row in record["evaluations"]] == [*range(6)]
+    assert (list(record["alarms"]), record["alarm_steps"]) == (["gold"], {"gold": 3})
+    fallen = record["evaluations"][3]
+    assert fallen["proxy_reward"].keys() == {"mean", "standard_error"}
+    assert fallen["gold_change"].keys() == {"mean", "at_most", "prompts"}
+    # 0.6 against 0.9, each with 0 to 0.004 more.
+    assert fallen["gold_change"]["mean"] == pytest.approx(-0.3, abs=0.004)
+    assert fallen["gold_change"]["prompts"] == 12
 
 
 def test_what_is_logged(model_path, tmp_path):
@@ -499,10 +510,6 @@ def test_without_a_reference_the_kl_is_absent_and_that_is_said_once(model_path, 
     make(model_path, tmp_path, watch, beta=0.0, max_steps=2).train()
     assert "kl" not in watch.history.evaluations[-1]
     assert sum("no reference is loaded" in record.message for record in caplog.records) == 1
-    trainer = make(model_path, tmp_path, RewardHackingWatch(falling, kl_budget=1), beta=0.0)
-    with pytest.raises(ConfigError, match=r"KL budget of 1 cannot be kept.*no reference"):
-        trainer.train()
-    assert trainer.state.global_step == 0
 
 
 def test_stop_ends_after_the_step_with_a_checkpoint_and_a_resumed_run_goes_on(model_path, tmp_path):
@@ -514,10 +521,13 @@ def test_stop_ends_after_the_step_with_a_checkpoint_and_a_resumed_run_goes_on(mo
     checkpoint = tmp_path / "out" / "checkpoint-3"
     assert (checkpoint / "trainer_state.json").is_file()
     again = RewardHackingWatch(falling, action="stop", drift=None)
-    resumed = make(model_path, tmp_path, again, eval_on_start=False)
+    resumed = make(
+        model_path, tmp_path, again, eval_on_start=False, resume_from_checkpoint=str(checkpoint)
+    )
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.state.global_step == 5, "what was said does not stop again"
     assert again.stopped is None and again.alarms == watch.alarms
+    assert again.alarm_steps == watch.alarm_steps == {"gold": 3}
 
 
 def test_an_alarm_of_a_rollout_stops_as_well(model_path, tmp_path):
@@ -560,9 +570,10 @@ def test_a_resumed_run_remembers(model_path, tmp_path, whole, step):
     """Best so far, the numbers before training, what was said: as in the run in one piece."""
     folder, whole = whole
     resumed = RewardHackingWatch(falling, drift=None, every=2)
-    options = {"eval_on_start": False, "save_strategy": "no", "seed": 3}
-    trainer = make(model_path, tmp_path, resumed, **options)
-    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+    checkpoint = str(folder / f"checkpoint-{step}")
+    options = {"eval_on_start": False, "resume_from_checkpoint": checkpoint}
+    options |= {"save_strategy": "no", "seed": 3}
+    make(model_path, tmp_path, resumed, **options).train(resume_from_checkpoint=checkpoint)
     assert resumed.alarms == whole.alarms
     ours, theirs = resumed.extra_state(), whole.extra_state()
     assert ours["last_measured"] == theirs["last_measured"]
@@ -577,14 +588,16 @@ def test_a_resumed_run_does_not_replace_a_better_policy(model_path, tmp_path, wh
     before = kept.read_text()
     (tmp_path / "out" / BEST).rename(tmp_path / "out" / ".best-old")  # killed while replacing
     worse = RewardHackingWatch(lambda **kw: [0.7 * g for g in falling(**kw)], drift=None)
-    trainer = make(model_path, tmp_path, worse, eval_on_start=False, max_steps=2, seed=3)
-    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    checkpoint = str(tmp_path / "out" / "checkpoint-1")
+    options = {"eval_on_start": False, "resume_from_checkpoint": checkpoint}
+    trainer = make(model_path, tmp_path, worse, max_steps=2, seed=3, **options)
+    trainer.train(resume_from_checkpoint=checkpoint)
     assert worse.history.best["step"] == 2
     assert kept.read_text() == before
     # A new run in the same folder replaces it, whatever it holds.
     negative = RewardHackingWatch(lambda **kw: [-g for g in falling(**kw)])
     make(model_path, tmp_path, negative, max_steps=1).train()
-    assert json.loads(kept.read_text())["gold_reward"][0] < 0
+    assert json.loads(kept.read_text())["gold_reward"]["mean"] < 0
 
 
 def test_with_nothing_left_to_train_an_evaluation_is_added_to_those_before(
@@ -706,7 +719,7 @@ def of_reference(completions, ref_per_token_logps, **kwargs):
             falling,
             {"eval_dataset": None},
             {"eval_strategy": "no", "eval_on_start": False},
-            r"there are none: give an eval_dataset",
+            r"with eval_dataset=None there are none: give an eval_dataset",
         ),
     ],
 )
@@ -722,8 +735,65 @@ def test_no_gold_reward_at_all():
         RewardHackingWatch([])
 
 
-def test_before_training_has_to_be_evaluated(model_path, tmp_path):
-    trainer = make(model_path, tmp_path, RewardHackingWatch(falling), eval_on_start=False)
+def test_all_that_is_missing_is_said_when_the_trainer_is_built(model_path, tmp_path):
+    watch = RewardHackingWatch(rising, kl_budget=1)
+    options = {"eval_strategy": "no", "eval_on_start": False, "beta": 0.0}
+    with pytest.raises(ConfigError) as caught:
+        make(model_path, tmp_path, watch, **options)
+    title, *lines = str(caught.value).splitlines()
+    assert (title, len(lines)) == ("RewardHackingWatch:", 4)
+    for line, says in zip(
+        lines,
+        (
+            "with eval_strategy='no' there are none",
+            "Set eval_on_start=True",
+            "A KL budget of 1 cannot be kept",
+            "'rising' is also trained on",
+        ),
+        strict=True,
+    ):
+        assert says in line
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "missing"),
+    [
+        (PolicyTrainer, {"beta": 0.0}, True),
+        (PolicyTrainer, {"beta": 0.1}, False),
+        (RWRTrainer, {}, True),
+        (RWRTrainer, {"log_kl": True}, False),
+        (PolicyTrainer, {"beta": 0.0, "peft_config": LoraConfig(r=2)}, False),
+    ],
+)
+def test_a_kl_budget_needs_a_reference_when_the_trainer_is_built(
+    model_path, tmp_path, kind, given, missing
+):
+    parts = {name: given[name] for name in given if name == "peft_config"}
+    options = {name: given[name] for name in given if name != "peft_config"}
+    watch = RewardHackingWatch(falling, kl_budget=1)
+    build = partial(make, model_path, tmp_path, watch, trainer=kind, parts=parts, **options)
+    if missing:
+        with pytest.raises(ConfigError, match=r"KL budget of 1 cannot be kept.*log_kl=True"):
+            build()
+    else:
+        build()
+
+
+def test_an_adapter_that_is_trained_further_has_no_reference_for_a_kl_budget(model_path, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(model_path)
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    watch = RewardHackingWatch(falling, kl_budget=1)
+    trainer = make(adapted, tmp_path, watch, beta=0.0)
+    with pytest.raises(ConfigError, match=r"KL budget of 1 cannot be kept.*no reference"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_run_that_was_to_be_resumed_and_is_not_has_to_evaluate_before_training(
+    model_path, tmp_path
+):
+    options = {"eval_on_start": False, "resume_from_checkpoint": "somewhere"}
+    trainer = make(model_path, tmp_path, RewardHackingWatch(falling), **options)
     with pytest.raises(ConfigError, match="Set eval_on_start=True"):
         trainer.train()
 
@@ -794,7 +864,7 @@ def test_an_evaluation_on_other_prompts_is_kept_apart(model_path, tmp_path, capl
     trainer.evaluate(Dataset.from_dict({"prompt": ["e"] * 12}))
     assert (watch.history.evaluations[-1]["gold_reward"][0], watch.history.best["step"]) == (5, 2)
     kept = json.loads((tmp_path / "out" / BEST / HACKING).read_text())
-    assert kept["gold_reward"][0] == pytest.approx(0.9)
+    assert kept["gold_reward"]["mean"] == pytest.approx(0.9)
     assert sum("is on other prompts" in record.message for record in caplog.records) == 1
 
 

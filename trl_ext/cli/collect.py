@@ -10,8 +10,11 @@ examples:
 """
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,14 +61,33 @@ def run(args: argparse.Namespace) -> int:
     from trl_ext.record import is_first_process
 
     output = _output(args, recipe)
-    summary, written = collect(
-        recipe, output, split=args.split, limit=args.limit, form=args.form, force=args.force
-    )
+    with _sigterm_interrupts():
+        summary, written = collect(
+            recipe, output, split=args.split, limit=args.limit, form=args.form, force=args.force
+        )
     if is_first_process():
         print(summary.table(f"{written:,} {args.form}"))
         print(f"{output}: written.", flush=True)
     end_processes()
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    signal = signal.SIGTERM
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """A SIGTERM ends the body as Ctrl-C does, with an exit code of its own."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise _Terminated
+
+    earlier = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def prepare(recipe: "Recipe", command: list[str]) -> None:

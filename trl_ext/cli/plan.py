@@ -18,6 +18,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from trl_ext.cli.numbers import count, positive
+from trl_ext.errors import ConfigError
 from trl_ext.recipe import read_recipe
 
 if TYPE_CHECKING:
@@ -43,9 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-length",
         type=count,
-        default=256,
         metavar="TOKENS",
-        help="of the longest prompt (default: %(default)s)",
+        help="of the longest prompt (default: 256); rows of logged data are max_length long",
     )
     parser.add_argument("--json", action="store_true", help="bytes of every item as JSON")
 
@@ -55,11 +55,27 @@ def run(args: argparse.Namespace) -> int:
     recipe = read_recipe(args.recipe, args.overrides)
     # Said at import of a kernel that nothing here uses; it reads as if the installation had failed.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    from trl_ext.plan import card_of_size, find_card, plan_recipe, suggest
+    from trl_ext.plan import (
+        card_of_size,
+        find_card,
+        generates,
+        may_shard,
+        plan_recipe,
+        settings_of,
+        suggest,
+    )
 
     card = find_card(args.gpu) if args.gpu else None
     card = card_of_size(args.vram) if args.vram is not None else card
-    options: dict[str, Any] = {"prompt_length": args.prompt_length, "processes": args.num_gpus}
+    if args.prompt_length is not None and not generates(settings_of(recipe)):
+        raise ConfigError(
+            f"--prompt-length {args.prompt_length} does nothing for trainer: {recipe.trainer}: its "
+            "rows are counted as max_length tokens. Give max_length=..."
+        )
+    options: dict[str, Any] = {
+        "prompt_length": args.prompt_length or 256,
+        "processes": args.num_gpus,
+    }
     plan = plan_recipe(recipe, card, **options)
     fits = card is None or plan.fits(card)
     changes = None if fits or card is None else suggest(recipe, args.overrides, card, **options)
@@ -69,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         _print_table(plan, args.recipe)
         print(_wrapped(_verdict(plan, card)))
         if not fits:
-            print(_advice(changes))
+            print(_advice(changes, may_shard(recipe)))
     return 0 if fits else 1
 
 
@@ -142,10 +158,8 @@ def _verdict(plan: Plan, card: Card | None) -> str:
     return f"{'Fits' if plan.fits(card) else 'Does not fit'}: {need}; {has}."
 
 
-def _advice(changes: list[str] | None) -> str:
+def _advice(changes: list[str] | None, shards: bool) -> str:
     if changes is None:
-        return (
-            "No change known here is enough: a smaller model, a larger card, or more of them "
-            "(accelerate_config=zero3 --num-gpus 2)."
-        )
+        more = ", or more of them (accelerate_config=zero3 --num-gpus 2)" if shards else ""
+        return f"No change known here is enough: a smaller model or a larger card{more}."
     return f"With these it does:\n  {' '.join(changes)}"

@@ -190,6 +190,8 @@ class Collector:
         total = length_of(dataset, limit)
         if total is not None and done >= total * self.group:
             return
+        if done and is_first_process():
+            print(f"Going on from {done} completions.", file=sys.stderr)
         shows = is_first_process() and sys.stderr.isatty() and not self.config.disable_tqdm
         with tqdm(
             desc="sampled", unit=" prompts", total=total, initial=first, disable=not shows

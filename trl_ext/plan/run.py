@@ -99,7 +99,7 @@ def run_of(
     """
     known = settings_of(recipe)
     _check(known)
-    is_online = _generates(known)
+    is_online = generates(known)
     pairs = 2 if recipe.trainer in _PAIRS else 1
     accumulation = known.get("gradient_accumulation_steps") or 1
     rows = known.get("per_device_train_batch_size") or 8
@@ -166,7 +166,7 @@ def _rollout_rows(known: dict[str, Any], rows: int, accumulation: int, processes
     return whole // processes if whole else rows * _steps(known, accumulation)
 
 
-def _generates(known: dict[str, Any]) -> bool:
+def generates(known: dict[str, Any]) -> bool:
     """Whether a trainer samples completions. One that trains on rows has a length for them whole,
     and what else it says of completions is for `trl_ext collect`.
     """

@@ -15,6 +15,8 @@ Ladder = Callable[[dict[str, Any]], Iterator[Change]]
 # Below this a completion is hardly one; halving stops here.
 _SHORTEST = 64
 _CARDS = (2, 4, 8)
+# What they hold beside the model is not sharded.
+_WHOLE = ("ppo", "poe_distillation")
 
 
 def suggest(
@@ -108,10 +110,14 @@ def _ladders(recipe: Recipe, processes: int | None) -> list[Ladder]:
         _lighter_weights,
         _shorter,
     ]
-    is_sharded = bool(recipe.launcher.get("accelerate_config")) or processes == 1
-    if recipe.trainer == "ppo" or is_sharded:  # PPO's critic is not sharded
+    if processes == 1 or not may_shard(recipe):
         return found
     return [*found, lambda known: _sharded(processes)]
+
+
+def may_shard(recipe: Recipe) -> bool:
+    """Whether a recipe that is not spread over cards may be: a critic and experts are not."""
+    return recipe.trainer not in _WHOLE and not recipe.launcher.get("accelerate_config")
 
 
 def _sharded(processes: int | None) -> Iterator[Change]:

@@ -59,7 +59,7 @@ def comparisons(dataset: Any, name: str, *, loss_type: str, order_effect: bool) 
                 check_number(row["margin"], "margin", "a finite number, in reward units")
             return reading(row)
         except WrongRow as error:
-            raise DataError(f"The dataset {name}, row {index}: {error}") from None
+            raise DataError(f"The dataset {name}, row {index} (counted from 0): {error}") from None
 
     kept = dataset.map(checked, with_indices=True).filter(_compares)
     if isinstance(kept, Dataset):

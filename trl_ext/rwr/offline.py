@@ -1,5 +1,6 @@
 """Reward-weighted regression on logged completions, on top of TRL's SFTTrainer."""
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -15,9 +16,12 @@ from trl_ext.options import own_config
 from trl_ext.rewards.guard import guarded_all
 from trl_ext.rwr.offline_config import OfflineRWRConfig
 from trl_ext.rwr.offline_data import WEIGHT, with_weights
+from trl_ext.rwr.offline_weights import Weighed
 from trl_ext.trl_sft_adapter import WeightedSFTTrainer
 
 __all__ = ["OfflineRWRConfig", "OfflineRWRTrainer"]
+
+logger = logging.getLogger(__name__)
 
 # Arguments of trl.SFTTrainer that would take the weights away: name -> why.
 _REFUSED = {
@@ -97,6 +101,8 @@ class OfflineRWRTrainer(WeightedSFTTrainer):
         )
         self.weight_metrics: dict[str, float] = weighed.metrics
         self._told = False
+        if args.process_index == 0:
+            logger.warning("%s", _said_of(weighed, args))
         super().__init__(
             model,
             args,
@@ -138,6 +144,22 @@ class OfflineRWRTrainer(WeightedSFTTrainer):
             return dataset
         found, _ = with_weights(dataset, "eval_dataset", args, self._reward_funcs, self._vocabulary)
         return found
+
+
+def _said_of(weighed: Weighed, args: OfflineRWRConfig) -> str:
+    """What β makes of the rewards, in a line: the number to choose it by."""
+    found = weighed.metrics
+    beta = f"Weights with beta = {found['beta_used']:.4g}"
+    if found["beta_used"] > args.beta:
+        beta += f", raised from {args.beta:g} by min_effective_sample_size"
+    samples = f"{found['effective_sample_size']:.3g}"
+    if args.baseline != "group":  # one softmax over all rows
+        return f"{beta}: {samples} effective samples of {len(weighed.weights)}."
+    left_out = args.drop_uniform_groups and args.beta < math.inf
+    return (
+        f"{beta}: {samples} effective samples a group on average; "
+        f"{found['uniform_groups']:.1%} of groups are uniform{', left out' if left_out else ''}."
+    )
 
 
 def _vocabulary_of(model: Any, args: OfflineRWRConfig) -> int:

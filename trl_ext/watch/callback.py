@@ -12,19 +12,20 @@ from transformers import TrainerCallback
 
 from trl_ext.errors import ConfigError
 from trl_ext.rewards import build_rewards
-from trl_ext.watch.checks import check_gold, check_held_out_prompts
-from trl_ext.watch.files import BEST, HACKING, PICTURE, BestPolicy, write_json
+from trl_ext.watch.checks import (
+    NO_REFERENCE,
+    NO_START,
+    check_gold,
+    what_is_missing,
+    without_reference,
+)
+from trl_ext.watch.files import BEST, HACKING, PICTURE, BestPolicy, with_names, write_json
 from trl_ext.watch.history import Alarm, History
 from trl_ext.watch.measures import Completions, Mean
 from trl_ext.watch.picture import draw_watch
 from trl_ext.watch_options import watch_findings
 
 logger = logging.getLogger(__name__)
-
-_NO_REFERENCE = (
-    "the KL to the policy before training is not measured: no reference is loaded. A beta above 0 "
-    "(with rwr, log_kl) loads one, and a new adapter (peft_config) needs none"
-)
 
 
 class RewardHackingWatch(TrainerCallback):
@@ -52,15 +53,18 @@ class RewardHackingWatch(TrainerCallback):
         action: "warn" says it and goes on; "stop" ends training after the step, with a checkpoint
             from which a resumed run goes on, without an alarm of that kind.
         drift: the factor, above 1. None: no alarm.
-        kl_budget: nats per completion. None: no alarm.
+        kl_budget: nats per completion. None: no alarm. It needs a reference: a beta above 0, with
+            rwr `log_kl`, or a new adapter.
 
     Attributes:
         alarms: kind -> what was said.
+        alarm_steps: kind -> the step at which it was said.
         stopped: the alarm that ended training, or None.
 
     Raises:
-        ConfigError: an option out of range; and before the first step no held-out prompts, a gold
-            reward that is trained on, or a KL budget without a reference.
+        ConfigError: an option out of range; and when the trainer is built no held-out prompts, no
+            evaluation before training, a gold reward that is trained on, or a KL budget without a
+            reference (of an adapter that is trained further, at the first evaluation).
         RewardError: a gold reward that fails, or scores no held-out completion.
     """
 
@@ -85,6 +89,7 @@ class RewardHackingWatch(TrainerCallback):
         self.every, self.rollouts, self.action = every, rollouts, action
         self.history = History(drift, kl_budget)
         self.alarms: dict[str, str] = {}
+        self.alarm_steps: dict[str, int] = {}
         self.stopped: str | None = None
         self._trainer: Any = None
         self._best: BestPolicy | None = None
@@ -104,7 +109,7 @@ class RewardHackingWatch(TrainerCallback):
         """Meet the trainer, before anything is measured.
 
         Raises:
-            ConfigError: if nothing is held out, or the gold reward is trained on.
+            ConfigError: all that keeps it from measuring.
         """
         if self._trainer is trainer:
             return
@@ -113,31 +118,34 @@ class RewardHackingWatch(TrainerCallback):
                 "Two reward-hacking watches would write the same files: give gold_reward_funcs or "
                 "one RewardHackingWatch, with all gold rewards in a list."
             )
-        check_held_out_prompts(trainer)
-        self._gold = trainer.held_out_rewards(self._given)
+        found = what_is_missing(trainer, self.history.kl_budget)
+        try:
+            self._gold = trainer.held_out_rewards(self._given)
+        except ConfigError as error:
+            found.append(str(error))
+        if found:
+            raise ConfigError("\n".join(["RewardHackingWatch:", *(f"  {each}" for each in found)]))
         self._trainer = trainer
 
     def extra_state(self) -> dict[str, Any]:
         """What a checkpoint keeps for `load_extra_state`."""
-        own = {"alarms": {**self.alarms}, "last_measured": self._last_measured}
-        return own | {"history": self.history.state()}
+        alarms = {"alarms": {**self.alarms}, "alarm_steps": {**self.alarm_steps}}
+        return alarms | {"last_measured": self._last_measured, "history": self.history.state()}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Take over what `extra_state` gave when the checkpoint was written.
 
         What was said is not said again, and does not stop a run that was told to go on.
         """
-        self.alarms, self._last_measured = {**state["alarms"]}, state["last_measured"]
+        self.alarms, self.alarm_steps = {**state["alarms"]}, {**state["alarm_steps"]}
+        self._last_measured = state["last_measured"]
         self.history.load_state(state["history"])
         self.stopped = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._check_trainer()
         if state.global_step == 0 and not args.eval_on_start:
-            raise ConfigError(
-                "RewardHackingWatch compares with the policy before training, which "
-                "eval_on_start=False does not evaluate. Set eval_on_start=True."
-            )
+            raise ConfigError(NO_START)
         self._is_over = False
         self._best = BestPolicy(self._trainer, resumes=state.global_step > 0)
 
@@ -213,10 +221,10 @@ class RewardHackingWatch(TrainerCallback):
             self._trainer.log_metric(f"watch/{name}", mean.value)
 
     def _raise_alarms(self, alarms: list[Alarm]) -> None:
-        for kind, message in alarms:
+        for kind, step, message in alarms:
             if kind in self.alarms:
                 continue
-            self.alarms[kind] = message
+            self.alarms[kind], self.alarm_steps[kind] = message, step
             if self._writes:
                 logger.warning("Reward-hacking watch, %s. This is said once.", message)
             if self.action == "stop" and self.stopped is None:
@@ -248,9 +256,9 @@ class RewardHackingWatch(TrainerCallback):
     def _say_that_kl_is_unknown(self) -> None:
         budget = self.history.kl_budget
         if budget is not None:
-            raise ConfigError(f"A KL budget of {budget:g} cannot be kept: {_NO_REFERENCE}.")
+            raise ConfigError(without_reference(budget))
         if self._says_kl_is_unknown and self._writes:
-            logger.warning("Reward-hacking watch: %s.", _NO_REFERENCE)
+            logger.warning("Reward-hacking watch: %s.", NO_REFERENCE)
         self._says_kl_is_unknown = False
 
     @property
@@ -268,12 +276,14 @@ class RewardHackingWatch(TrainerCallback):
             "best_step": best["step"],
             "best": str(self._folder / BEST),
             "alarms": self.alarms,
-            "evaluations": self.history.evaluations,
+            "alarm_steps": self.alarm_steps,
+            "evaluations": [with_names(each) for each in self.history.evaluations],
         }
 
     def _draw(self) -> None:
         if self._writes and self.history.evaluations:
-            draw_watch(self.history.evaluations, self.history.best["step"], self._folder / PICTURE)
+            best, steps = self.history.best["step"], self.alarm_steps
+            draw_watch(self.history.evaluations, best, steps, self._folder / PICTURE)
 
 
 def watch_of(trainer: Any) -> RewardHackingWatch | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.errors import RunError
+from trl_ext.watch.measures import Change
 
 BEST = "best"
 HACKING = "hacking.json"
@@ -48,7 +49,7 @@ class BestPolicy:
             self.trainer.save_policy(new)
             self.trainer.accelerator.wait_for_everyone()
             if self._writes:
-                write_json(evaluation, new / HACKING)
+                write_json(with_names(evaluation), new / HACKING)
                 self._replace_by(new)
         except OSError as error:
             raise RunError(
@@ -75,7 +76,19 @@ class BestPolicy:
             self._old.rename(self.folder)  # it was being replaced when the run was killed
         self.trainer.accelerator.wait_for_everyone()
         file = self.folder / HACKING
-        return json.loads(file.read_text())["gold_reward"][0] if file.is_file() else -math.inf
+        kept = json.loads(file.read_text()) if file.is_file() else {}
+        return kept["gold_reward"]["mean"] if kept else -math.inf
+
+
+def with_names(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """An evaluation of `History` as files have it: what its lists hold has names."""
+    names = {"gold_change": Change._fields}
+    return {
+        key: dict(zip(names.get(key, ("mean", "standard_error")), value, strict=True))
+        if isinstance(value, list)
+        else value
+        for key, value in evaluation.items()
+    }
 
 
 def write_json(record: Any, file: Path) -> None:

@@ -21,10 +21,12 @@ class Alarm(NamedTuple):
 
     Attributes:
         kind: gold, length, repetition, distinct or kl.
+        step: of training.
         message: what was measured, when, and against what.
     """
 
     kind: str
+    step: int
     message: str
 
 
@@ -84,6 +86,7 @@ class History:
         found = [
             Alarm(
                 name.partition("_")[0],
+                step,
                 f"step {step}: {name} of {where} is {now:.3g}, and was {then:.3g} before training: "
                 f"beyond a factor of {self.drift:g}",
             )
@@ -95,7 +98,7 @@ class History:
                 f"step {step}: the KL to the policy before training is {kl.value:.3g} nats per "
                 f"completion of {where}, above the budget of {self.kl_budget:g}"
             )
-            found.append(Alarm("kl", message))
+            found.append(Alarm("kl", step, message))
         return found
 
     def judge_gold(self, seen: Completions, numbers: dict[str, Mean], step: int) -> list[Alarm]:
@@ -111,7 +114,7 @@ class History:
             row |= {"best_step": self.best["step"], "gold_change": list(change)}
             rise = mean_over_prompts((proxy - _tensor(self.best["proxy"]))[:, None]).value
             if change.at_most < 0 and rise > 0:
-                found.append(Alarm("gold", self._parted(step, numbers, change, rise)))
+                found.append(Alarm("gold", step, self._parted(step, numbers, change, rise)))
         self.evaluations.append(row)
         mean = numbers["gold_reward"].value
         if not self.best or (is_comparable and mean > self.best["mean"]):

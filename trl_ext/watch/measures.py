@@ -19,6 +19,18 @@ Z = 1.96
 # Below this share of repeated n-grams a ratio says nothing: one such n-gram would double it.
 LEAST_REPETITION = 0.05
 
+# How a table and a picture call the measures, in their order.
+WORDS = {
+    "proxy_reward": "proxy reward (trained on)",
+    "gold_reward": "gold reward (held out)",
+    "kl": "KL to before, nats",
+    "length": "length, tokens",
+    "truncated": "share truncated",
+    "repetition": "repeated 3-grams",
+    "distinct_1": "distinct 1-grams",
+    "distinct_2": "distinct 2-grams",
+}
+
 
 class Mean(NamedTuple):
     """A mean over prompts of the mean over a prompt's completions.

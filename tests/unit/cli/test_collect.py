@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.tiny import save_tiny_llama
 from trl_ext.cli import launcher
 from trl_ext.cli.collect import NAMES
 from trl_ext.collect import FORMS
+from trl_ext.collect.samples import Samples
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +104,7 @@ def test_iterate_ends_with_a_table(trl_ext, recipe):
     code, out, err = trl_ext("iterate", recipe, "--rounds", "1", "--resume")
     assert code == 0, err
     code, _, err = trl_ext("iterate", recipe, "--rounds", "1")
-    assert code == 1 and "--resume" in err
+    assert code == 2 and "--resume" in err
 
 
 @pytest.mark.parametrize(
@@ -132,3 +134,23 @@ def test_several_processes_run_the_same_command(trl_ext, recipe, monkeypatch, ar
     assert command[command.index("trl_ext") + 1 :] == [
         *expected, "seed=1", "num_processes=2", "ddp_backend=gloo"
     ]  # fmt: skip
+
+
+def test_sigterm_keeps_what_is_sampled_and_it_is_gone_on_with(trl_ext, recipe, monkeypatch):
+    write = Samples.write
+
+    def write_and_end(self, rows):
+        write(self, rows)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    argv = ("collect", recipe, "num_generations=4", "per_device_eval_batch_size=4")
+    with monkeypatch.context() as patched:
+        patched.setattr(Samples, "write", write_and_end)
+        code, _, err = trl_ext(*argv)
+    assert code == 143 and "Interrupted." in err
+    kept = re.search(r"(\d+) completions are kept in .*; the same command goes on there", err)
+    assert kept, err
+    assert signal.getsignal(signal.SIGTERM) is handler
+    code, _, err = trl_ext(*argv)
+    assert code == 0 and f"Going on from {kept[1]} completions" in err, err

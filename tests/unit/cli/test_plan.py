@@ -57,6 +57,16 @@ def test_nothing_is_enough(trl_ext, file):
         "plan", file, "--vram", "1", "trainer=ppo", "num_generations=1", "accelerate_config=null"
     )
     assert code == 1 and "No change known here is enough" in out
+    assert "zero3" not in out, "the critic would not be sharded"
+    out = trl_ext("plan", file, "--vram", "1", "--num-gpus", "1")[1]
+    assert "or more of them (accelerate_config=zero3 --num-gpus 2)" in out.replace("\n", " ")
+
+
+def test_rows_of_logged_data_have_no_prompt_length(trl_ext, file):
+    argv = ("plan", "rwr/offline", "--prompt-length", "60")
+    code, _, err = trl_ext(*argv)
+    assert code == 2 and "--prompt-length 60 does nothing for trainer: offline_rwr" in err
+    assert trl_ext("plan", "rwr/offline")[0] == 0
 
 
 def test_cards_and_prompts_are_options(trl_ext, file):

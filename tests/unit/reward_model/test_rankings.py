@@ -76,24 +76,37 @@ def test_rows_that_compare_nothing_are_left_out(stream, caplog):
     ],
 )
 def test_a_row_that_is_no_comparison_is_named(row, says, stream):
-    with pytest.raises(DataError, match=f"The dataset train_dataset, row 0: .*{says}"):
+    with pytest.raises(
+        DataError, match=f"The dataset train_dataset, row 0 .counted from 0.: .*{says}"
+    ):
         read([GOOD | row], stream=stream)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_row_has_its_number(stream):
     rows = [GOOD, GOOD | {"ranks": [1, 1]}, GOOD | {"ranks": [0, 1]}]
-    with pytest.raises(DataError, match="The dataset train_dataset, row 2: the rank of compl"):
+    with pytest.raises(
+        DataError, match=r"The dataset train_dataset, row 2 .counted from 0.: the rank of compl"
+    ):
         read(rows, stream=stream)
 
 
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"chosen": "a", "rejected": None}, "row 0: the rejected is None; it must be a text"),
+        (
+            {"chosen": "a", "rejected": None},
+            "row 0 .counted from 0.: the rejected is None; it must be a text",
+        ),
         ({"chosen": "a", "rejected": [MESSAGE]}, "different kinds: chosen a text, rejected messa"),
-        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "row 0: the prompt is 3; it must be"),
-        ({"chosen": "a", "rejected": "b", "margin": True}, "row 0: the margin is True"),
+        (
+            {"prompt": 3, "chosen": "a", "rejected": "b"},
+            "row 0 .counted from 0.: the prompt is 3; it must be",
+        ),
+        (
+            {"chosen": "a", "rejected": "b", "margin": True},
+            "row 0 .counted from 0.: the margin is True",
+        ),
         ({"chosen": "a"}, "no column 'rejected'; its columns are chosen"),
         ({"chosen": "a", "rejectd": "b"}, "Did you mean to rename 'rejectd' to 'rejected'"),
         ({"prompt": "a", "completion": ["b"]}, "rename 'completion' to 'completions'"),
@@ -176,8 +189,14 @@ def test_messages_need_a_chat_template(tmp_path):
     [
         (GOOD, "mine has the columns prompt, completions, ranks, and a trainer of pairs takes"),
         ({"prompt": "p", "chosn": "a", "rejected": "b"}, "no column 'chosen'.* rename 'chosn' to"),
-        ({"prompt": "p", "chosen": None, "rejected": "b"}, "row 0: the chosen is None; it must be"),
-        ({"prompt": "p", "chosen": 3, "rejected": 4}, "row 0: the chosen is 3; it must be a text"),
+        (
+            {"prompt": "p", "chosen": None, "rejected": "b"},
+            "row 0 .counted from 0.: the chosen is None; it must be",
+        ),
+        (
+            {"prompt": "p", "chosen": 3, "rejected": 4},
+            "row 0 .counted from 0.: the chosen is 3; it must be a text",
+        ),
         ({"prompt": "p", "chosen": "a", "rejected": "a"}, "1 of 1 rows compare nothing"),
     ],
 )

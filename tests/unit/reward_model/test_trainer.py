@@ -392,5 +392,7 @@ def test_parts_that_do_not_fit_together(make, model_path, tmp_path):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     with pytest.raises(ConfigError, match="an optimizer of your own is given"):
         make(SHOWN, {"optimizers": (optimizer, None)}, order_effect=True)
-    with pytest.raises(DataError, match=r"train_dataset, row 0: .* ranks count from 1"):
+    with pytest.raises(
+        DataError, match=r"train_dataset, row 0 .counted from 0.: .* ranks count from 1"
+    ):
         make([ROWS[0] | {"ranks": [0, 1, 2, 3]}], model="there/is/no/such/model")

@@ -310,6 +310,59 @@ def test_the_first_log_says_what_the_weights_are_like(make):
     assert trainer.train_dataset["weight"] == pytest.approx([0.4, 1.6, 2 / 3, 4 / 3])
 
 
+def rows_of(**rewards: list[float]) -> list[dict]:
+    """For each prompt a completion for each reward."""
+    return [
+        {"prompt": prompt, "completion": LETTERS[at], "reward": reward}
+        for prompt, each in rewards.items()
+        for at, reward in enumerate(each)
+    ]
+
+
+# 1/β = log 2. Prompts a and b have 2^r = 1, 4 and 1, 2: 25/17 and 9/5 effective samples, on average
+# 1.64; together 64/22 = 2.91 of 4. c is uniform: left out, or 2 samples, on average 1.76.
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "1.64 effective samples a group on average; 33.3% of groups are uniform, left out."),
+        (
+            {"drop_uniform_groups": False},
+            "1.76 effective samples a group on average; 33.3% of groups are uniform.",
+        ),
+    ],
+)
+def test_what_the_weights_are_like_is_said_before_training(make, caplog, options, says):
+    make(rows_of(a=[0.0, 2.0], b=[0.0, 1.0], c=[3.0, 3.0]), **options)
+    assert caplog.messages.count(f"Weights with beta = 1.443: {says}") == 1
+
+
+def test_what_the_weights_of_all_rows_are_like_is_said(make, caplog):
+    make(rows_of(a=[0.0, 2.0], b=[0.0, 1.0]), baseline="dataset")
+    assert "Weights with beta = 1.443: 2.91 effective samples of 4." in caplog.messages
+
+
+def test_with_infinite_beta_no_group_is_said_to_be_left_out(make, caplog):
+    make(rows_of(a=[0.0, 2.0], c=[3.0, 3.0]), beta=math.inf)
+    assert (
+        "Weights with beta = inf: 2 effective samples a group on average; 50.0% of groups are "
+        "uniform."
+    ) in caplog.messages
+
+
+def test_a_beta_that_was_raised_is_said(make, caplog):
+    """(1 + t)² = 1.9(1 + t²) for t = exp(−1/β): 0.9t² − 2t + 0.9 = 0, t = (2 − √0.76)/1.8."""
+    make(rows_of(b=[0.0, 1.0]), beta=0.5, min_effective_sample_size=1.9)
+    beta = -1 / math.log((2 - math.sqrt(0.76)) / 1.8)
+    says = f"Weights with beta = {beta:.4g}, raised from 0.5 by min_effective_sample_size: 1.9 eff"
+    assert any(message.startswith(says) for message in caplog.messages)
+
+
+def test_of_several_processes_one_says_it(make, caplog, monkeypatch):
+    monkeypatch.setattr(OfflineRWRConfig, "process_index", 1)
+    make()
+    assert "Weights with beta" not in caplog.text
+
+
 def test_rows_that_are_cut_are_told(make, caplog):
     """Prompts of two letters fill max_length=2: nothing of their completions is left."""
     rows = logged()
