@@ -177,7 +177,9 @@ def reward_adapter(model_path, tmp_path) -> tuple[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "lora"), [("adapter", LORA), ("model", LORA), ("model", None)], ids=str
+    ("kind", "lora"),
+    [("adapter", LORA), ("model", LORA), ("model", None)],
+    ids=["adapter-LoRA", "model-LoRA", "model-whole"],
 )
 def test_a_reward_adapter_begins_a_critic(model_path, reward_adapter, kind, lora):
     folder, expected = reward_adapter
