@@ -143,14 +143,14 @@ def test_an_output_dir_that_holds_a_run_is_refused(run, write_recipe, tmp_path):
     assert run("train", recipe)[0] == 0
     before = parameters(tmp_path / "run")
     code, _, err = run("train", recipe)
-    assert code == 1
+    assert code == 2
     assert "holds another run" in err and "--resume" in err and "--overwrite" in err
     assert same(parameters(tmp_path / "run"), before)
     assert run("train", recipe, "--overwrite")[0] == 0
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("mine")
     code, _, err = run("train", recipe, f"output_dir={tmp_path / 'precious'}", "--overwrite")
-    assert code == 1 and "no recipe.yaml" in err
+    assert code == 2 and "no recipe.yaml" in err
     assert (tmp_path / "precious" / "thesis.txt").is_file()
 
 
@@ -257,7 +257,7 @@ def test_a_folder_with_a_recipe_is_not_a_run(run, write_recipe, tmp_path):
     (project / "thesis.txt").write_text("mine")
     for flag in ("--overwrite", "--resume"):
         code, _, err = run("train", project / "recipe.yaml", flag, f"output_dir={project}")
-        assert code == 1 and "holds files but no recipe.yaml and environment.json" in err
+        assert code == 2 and "holds files but no recipe.yaml and environment.json" in err
     assert (project / "thesis.txt").is_file()
 
 

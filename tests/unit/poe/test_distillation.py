@@ -646,7 +646,7 @@ def test_a_run_does_not_replace_its_own_expert(tmp_path, folders):
     for file in ("recipe.yaml", "environment.json"):  # what marks a run
         (tmp_path / "out" / file).touch()
     recipe = write(tmp_path, folders, ("style: " + folders["style"], f"style: {expert}"))
-    with pytest.raises(RunError, match=r"would remove experts.style .*, which lies in the output"):
+    with pytest.raises(ConfigError, match=r"would remove experts.style .*, which lies in the "):
         train(read_recipe(recipe), overwrite=True)
     assert expert.is_dir()
 
@@ -675,7 +675,7 @@ def test_a_run_does_not_replace_what_its_rewards_are_made_of(tmp_path, key):
         f"trainer: reinforce\noutput_dir: {out}\nmodel_name_or_path: some/model\n"
         f"dataset_name: char_reverse\n{REWARDS_OF_RUNS[key].format(path=out / 'kept')}\n"
     )
-    with pytest.raises(RunError, match=f"would remove {key} '.*kept', which lies in the output"):
+    with pytest.raises(ConfigError, match=f"would remove {key} '.*kept', which lies in the output"):
         train(read_recipe(recipe), overwrite=True)
     assert (out / "kept").is_file()
 
