@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from trl import GRPOConfig
 
 from tests.tiny import QUIET, VOCABULARY, count_a, prompts, save_tiny_llama
-from trl_ext.errors import ConfigError, DataError, RewardError
+from trl_ext.errors import ConfigError, DataError, RewardError, RunError
 from trl_ext.oracle import tabular_tokenizer
 from trl_ext.policy_config import PolicyConfig
 from trl_ext.ppo import PPOTrainer
@@ -398,3 +398,52 @@ def test_what_keeps_the_reference_from_scoring_is_refused(model_path, tmp_path):
     trainer = make(model_path, tmp_path, parts=reward | {"train_dataset": with_column})
     with pytest.raises(DataError, match=r"has a column 'prompt_ids'.*Rename"):
         trainer.train()
+
+
+def test_the_phase_is_what_it_is_at(model_path, tmp_path, monkeypatch):
+    """The last one set is what ran out of memory, and what the error names."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    seen = []
+
+    def reward(completions, **kwargs):
+        seen.append(trainer.phase)
+        return count_a(completions)
+
+    def rollout(prompts, trainer):
+        seen.append(trainer.phase)
+        ids = trainer.processing_class(prompts)["input_ids"]
+        return {"prompt_ids": ids, "completion_ids": [[1, 2]] * len(prompts), "logprobs": None}
+
+    class Watched(PolicyTrainer):
+        def policy_loss(self, micro_batch):
+            seen.append(self.phase)
+            return micro_batch.per_token_logps
+
+        def assign_credit(self, rollout):
+            self.sampler_logps(rollout)
+            seen.append(self.phase)
+            return super().assign_credit(rollout)
+
+    parts = {"reward_funcs": reward, "rollout_func": rollout}
+    trainer = make(model_path, tmp_path, trainer=Watched, parts=parts, max_steps=1)
+    assert trainer.phase == "load"
+    trainer.train()
+    assert seen == ["generate", "reward", "score", "train"]
+    trainer.save_model()
+    assert trainer.phase == "save"
+
+
+def test_a_rollout_is_shared_out_to_more_micro_batches_and_to_no_fewer(model_path, tmp_path):
+    trainer = make(model_path, tmp_path, steps_per_generation=4, per_device_train_batch_size=2)
+    rows = torch.arange(8)
+    kept = {"step": 3, "steps_per_generation": 2}
+    halves = [{"completion_ids": part} for part in rows.split(4)]
+    trainer._take_rollout(kept | {"buffered_inputs": halves})
+    assert trainer._step == 6
+    buffered: Any = trainer._buffered_inputs
+    parts = [batch["completion_ids"].tolist() for batch in buffered]
+    assert parts == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    trainer._take_rollout(kept | {"buffered_inputs": None})
+    assert trainer._buffered_inputs is None
+    with pytest.raises(RunError, match="in 8 micro-batches, and cannot be shared out to 4"):
+        trainer._take_rollout(kept | {"steps_per_generation": 8, "buffered_inputs": None})
