@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -87,12 +88,14 @@ class StopOnDivergence(TrainerCallback):
 
 
 class DurableCheckpoints(TrainerCallback, ExportableState):
-    """A checkpoint is on the disk before it counts as complete, and only then an older one goes.
+    """A checkpoint is whole and on the disk before it counts as complete; then an older one goes.
 
-    transformers leaves it to the system when a file reaches the disk: after a power cut the mark of
-    a complete checkpoint (`trainer_state.json`) could be there and the weights not. And what an
-    earlier, killed attempt at a step left is removed before the step is taken again, since its mark
-    would vouch for files that are being replaced.
+    Each process writes its own random state, and transformers marks the checkpoint without waiting
+    for the others': resumed from it, a process without one silently draws other numbers. And it
+    leaves it to the system when a file reaches the disk: after a power cut the mark of a complete
+    checkpoint (`trainer_state.json`) could be there and the weights not. What an earlier, killed
+    attempt at a step left is removed before the step is taken again, since its mark would vouch for
+    files that are being replaced.
     """
 
     def __init__(self) -> None:
@@ -103,6 +106,8 @@ class DurableCheckpoints(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """Nothing; transformers asks for it when all is written but the mark."""
         if self._checkpoint is not None:
+            # The processes that write no mark come to `on_save` when their files are written.
+            PartialState().wait_for_everyone()
             sync_files(self._checkpoint)
             sync_files(self._checkpoint.parent)
         return {"args": {}, "attributes": {}}
@@ -128,6 +133,7 @@ class DurableCheckpoints(TrainerCallback, ExportableState):
     def on_save(self, args, state, control, **kwargs):
         self._saved = state.global_step
         if not args.should_save:
+            PartialState().wait_for_everyone()
             return
         assert self._checkpoint is not None
         try:

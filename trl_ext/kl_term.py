@@ -64,7 +64,9 @@ class KLTerm:
     def of_rollout(self, rollout: Rollout) -> Tensor:
         """(B, T) nats: what a penalty in the reward takes from that of each token, over β."""
         if self._penalty is not None:
-            logps = self.trainer.sampler_logps(rollout)
+            # The policy's own, where vLLM sampled and what it weighs is corrected.
+            logps = rollout.batch.get("old_per_token_logps")
+            logps = self.trainer.sampler_logps(rollout) if logps is None else logps
             return self._penalty.value(logps, rollout.batch["ref_per_token_logps"])
         per_prefix = self._over_vocabulary_of_rollout(rollout)
         if self.args.kl_placement != "both":
@@ -199,9 +201,15 @@ class KLTerm:
         return kl if limit is None else kl.clamp(-limit, limit)
 
     def _hidden(self, model: PreTrainedModel, ids: Tensor, attended: Tensor) -> Tensor:
-        backbone: Any = model.base_model
+        read: Any = model.base_model
         with self.trainer.accelerator.autocast():
-            return backbone(ids, attention_mask=attended, use_cache=False).last_hidden_state
+            if not self.trainer.is_fsdp_enabled:
+                return read(ids, attention_mask=attended, use_cache=False).last_hidden_state
+            # What FSDP2 has split up it gathers for the forward pass of the whole.
+            read = self.trainer.model if model is self.trainer.causal_lm else model
+            with hidden_states_of(model) as passes:
+                read(ids, attention_mask=attended, use_cache=False, logits_to_keep=1)
+            return passes[0]
 
     @contextmanager
     def _reference(self):

@@ -37,6 +37,7 @@ from trl_ext.reward_model.before_after import accuracy_table
 from trl_ext.trl_adapter import end_training, load_checkpoint
 from trl_ext.trl_adapter.probe import LongestBatchFirst
 from trl_ext.watch import watch_of
+from trl_ext.watch.files import BEST
 
 
 def train(
@@ -213,8 +214,9 @@ def _finish(trainer: Trainer, record: RunRecord, *, ends: bool) -> None:
             print(f"\n{compared}\n")
         if watched := hacking_table(record):
             print(f"{watched}\n")
-        print(_how_to_use(trainer, record.output_dir), flush=True)
         watch = watch_of(trainer)
+        kept = record.output_dir / BEST if watch is not None and watch.stopped else None
+        print(_how_to_use(trainer, record.output_dir, kept), flush=True)
         if watch is not None and watch.stopped:
             left = what_is_left(record.output_dir)
             print(
@@ -242,10 +244,19 @@ def _write_model_card(trainer: Trainer, record: RunRecord) -> None:
         card.write_text(text.replace('model="None"', f'model="{record.output_dir}"'))
 
 
-def _how_to_use(trainer: Trainer, output_dir: Path) -> str:
-    """Where the result lies, and a command that uses it, with a prompt as in training."""
+def _how_to_use(trainer: Trainer, output_dir: Path, best: Path | None = None) -> str:
+    """Where the result lies, and a command that uses it, with a prompt as in training.
+
+    Args:
+        trainer: that made it.
+        output_dir: of the run.
+        best: the policy to use in place of the last one; None: the last one.
+    """
     what = "LoRA adapter" if (output_dir / "adapter_config.json").is_file() else "model"
     left = f"The {what} is in {output_dir}, with the recipe that made it."
+    if best is not None:
+        left = f"{left} The one with the best gold reward is in {best}."
+        output_dir = best
     if isinstance(trainer, RewardTrainer):
         entry = f"{{name: reward_model, model: {output_dir}}}"
         return f"{left} As a reward of another recipe:\n  reward_funcs: [{entry}]"

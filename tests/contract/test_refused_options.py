@@ -23,6 +23,8 @@ KEPT = """
     use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_structured_outputs_regex
     vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port
     vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size
+    vllm_importance_sampling_correction vllm_importance_sampling_mode
+    vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min
     beta reward_weights mask_truncated_completions max_tool_calling_iterations
     router_aux_loss_coef entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max
     entropy_coef_delta entropy_target

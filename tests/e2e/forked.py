@@ -125,8 +125,11 @@ def two_ranks(*function: Any, folder: Path, environment: dict[str, str]) -> list
     ]
 
 
-def ended(ranks: list[Forked]) -> list[tuple[int, str, str]]:
-    """What each `end` gives, the first to end first; where one fails, nobody waits for the rest."""
+def ended(ranks: list[Forked], patience: float = 0) -> list[tuple[int, str, str]]:
+    """What each `end` gives, the first to end first.
+
+    Where one fails, the others have `patience` seconds to end by themselves.
+    """
     waiting: dict[Any, Forked] = {rank.process.sentinel: rank for rank in ranks}
     results = []
     while waiting:
@@ -134,6 +137,7 @@ def ended(ranks: list[Forked]) -> list[tuple[int, str, str]]:
             results.append(waiting.pop(ready).end(timeout=1))
             if results[-1][0] != 0:
                 for rank in waiting.values():
+                    rank.process.join(patience)
                     rank.kill()
-                return results
+                return results + [rank.end() for rank in waiting.values() if patience]
     return results

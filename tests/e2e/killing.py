@@ -7,10 +7,11 @@ the disk; before and after a `torch.save`; a call of the model; the middle of a 
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, TrainerState
 
 from tests.e2e.forked import trl_ext
 
@@ -52,6 +53,32 @@ def counted(kill_at: int, output_dir: str, log: str, *arguments: str) -> None:
     finally:
         with open(log, "a") as lines:
             lines.write(f"events {seen}\n")
+
+
+def counted_by_rank(kill_at: list[int], output_dir: str, log: str, *arguments: str) -> None:
+    """As `counted`, in each of several processes: of each its number and its log, `log`-rank."""
+    rank = int(os.environ["RANK"])
+    counted(kill_at[rank], output_dir, f"{log}-{rank}", *arguments)
+
+
+def late_second(*arguments: str) -> None:
+    """`trl_ext`, where the second process is late with its random state.
+
+    The first one fails where it marks a checkpoint before that is there.
+    """
+    save, mark = torch.save, TrainerState.save_to_json
+
+    def late(obj, file, *args, **kwargs):
+        if os.path.basename(str(file)) == "rng_state_1.pth":
+            time.sleep(1)
+        return save(obj, file, *args, **kwargs)
+
+    def marked(self, json_path):
+        assert os.path.getsize(os.path.join(os.path.dirname(json_path), "rng_state_1.pth")) > 0
+        mark(self, json_path)
+
+    torch.save, TrainerState.save_to_json = late, marked
+    trl_ext(*arguments)
 
 
 def _writes(details: tuple) -> bool:

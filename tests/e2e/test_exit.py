@@ -146,8 +146,11 @@ def test_stopped_by_the_watch_is_finished_and_says_so(run, recipe, tmp_path):
     evaluated = "eval_on_start=true eval_strategy=steps eval_steps=1 num_generations_eval=2"
     rewards = "reward_funcs=[some_rewards:rising]"
     options = f"{watched} {evaluated} {rewards} dataset_kwargs.eval_size=16".split()
-    code, _, err = run("train", recipe, *options)
+    code, out, err = run("train", recipe, *options)
     assert code == 0, err
+    best = tmp_path / "run" / "best"
+    assert f"The one with the best gold reward is in {best}. Try it" in out
+    assert f'model = pipeline("text-generation", "{best}")' in out
     told = "trl_ext: finished (stopped by the reward-hacking watch), exit code 0; output_dir: "
     assert last(err) == f"{told}{tmp_path / 'run'}"
     assert not (tmp_path / "run" / "checkpoint-6").exists()

@@ -84,8 +84,10 @@ def left(output_dir: Path) -> dict[str, Any]:
         + [torch.load(file) for file in sorted(last.glob("critic/*.pt"))],
         "optimizer": torch.load(last / "optimizer.pt"),
         "scheduler": torch.load(last / "scheduler.pt"),
-        "rollout": torch.load(last / "rollout_0.pt"),
-        "random": torch.load(last / "rng_state.pth", weights_only=False),
+        "rollouts": [torch.load(file) for file in sorted(last.glob("rollout_*.pt"))],
+        "random": [
+            torch.load(file, weights_only=False) for file in sorted(last.glob("rng_state*.pth"))
+        ],
         "history": [timeless(row) for row in state["log_history"]],
         "metrics": [timeless(json.loads(line)) for line in lines],
         "checkpoints": sorted(path.name for path in output_dir.glob("checkpoint-*")),

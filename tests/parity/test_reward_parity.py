@@ -8,8 +8,7 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig
 
-from tests.e2e.forked import Forked, ended, two_ranks
-from tests.parity.reward_worker import QUIET, main
+from tests.parity.reward_worker import QUIET, RANKINGS
 from tests.tiny import save_byte_llama, save_tiny_llama
 from trl_ext import RewardConfig, RewardTrainer
 
@@ -139,14 +138,6 @@ def test_tokens_are_those_of_trl(row, tmp_path):
     assert made[1]["ranking_ids"] == [made[0]["chosen_ids"], made[0]["rejected_ids"]]
 
 
-RANKINGS = [
-    {"prompt": "ab", "completions": ["a", "bc", "cde", "e"], "scores": [1.0, 3.0, 2.0, 2.0]},
-    {"prompt": "c", "completions": ["d", "ee"], "scores": [0.0, 1.0]},
-    {"prompt": "dd", "completions": ["a", "b", "c"], "scores": [1.0, 0.5, 0.0]},
-    {"prompt": "e", "completions": ["abc", "b", "cc"], "scores": [0.0, 2.0, 2.0]},
-]
-
-
 @pytest.mark.parametrize("loss_type", ["bradley_terry", "plackett_luce"])
 def test_accumulation_changes_nothing(loss_type, model_path, tmp_path):
     """One micro-batch of 8 and four of 2: the same steps to rounding."""
@@ -170,25 +161,3 @@ def test_accumulation_changes_nothing(loss_type, model_path, tmp_path):
             assert one[name] == pytest.approx(four[name], rel=1e-4), name
     for name, value in runs[0][1].items():
         torch.testing.assert_close(runs[1][1][name], value, rtol=0, atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["full", "lora"])
-def test_two_processes_are_one(name, model_path, tmp_path):
-    """With an order effect, and rows of 2, 3 and 4 completions."""
-    where = {"folder": tmp_path, "environment": {"TRL_EXPERIMENTAL_SILENCE": "1"}}
-    one = (main, name, model_path, str(tmp_path / "one"), RANKINGS)
-    two = (main, name, model_path, str(tmp_path / "two"), RANKINGS)
-    for code, _, err in ended([Forked(*one, **where), *two_ranks(*two, **where)]):
-        assert code == 0, err[-3000:]
-    alone, both = torch.load(tmp_path / "one"), torch.load(tmp_path / "two")
-    assert abs(alone["parameters"]["order_effect"]) > 1e-3
-    for mine, other in zip(both["history"], alone["history"], strict=True):
-        assert mine.keys() == other.keys()
-        for metric in ("grad_norm", "accuracy", "margin", "mean_reward", "order_effect", "ece"):
-            assert mine[metric] == pytest.approx(other[metric], rel=1e-4, abs=1e-6), metric
-    for parameter, value in alone["parameters"].items():
-        torch.testing.assert_close(both["parameters"][parameter], value, rtol=0, atol=1e-4)
-    # 7 rows are 4 and 3: the eighth that fills up is in no metric.
-    for metric in ("eval_accuracy", "eval_margin", "eval_mean_reward", "eval_log_loss"):
-        assert both["evaluation"][metric] == pytest.approx(alone["evaluation"][metric], rel=1e-4)

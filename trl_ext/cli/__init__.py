@@ -83,6 +83,7 @@ def _run(argv: list[str]) -> int:
     command.add_arguments(own)
     if argv[0] in _TAKE_OVERRIDES:
         args, args.overrides = own.parse_known_args(argv[1:])
+        args.given = argv[1:]  # in the order that argparse forgets
     else:
         args = own.parse_args(argv[1:])
     return command.run(args)

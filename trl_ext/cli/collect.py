@@ -10,14 +10,12 @@ examples:
 """
 
 import argparse
-import contextlib
 import os
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trl_ext.cli.ending import sigterm_interrupts
 from trl_ext.cli.launcher import launch_command, wants_processes
 from trl_ext.cli.numbers import count
 from trl_ext.recipe import read_recipe
@@ -56,12 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Collect here, or replace this process by a launcher that runs this command several times."""
     recipe = read_recipe(args.recipe, args.overrides)
-    prepare(recipe, ["collect", *_arguments(args)])
+    if (launcher := to_launch(recipe, ["collect", *_arguments(args)])) is not None:
+        os.execv(launcher[0], launcher)
+    quieten()
     from trl_ext.collect import collect
     from trl_ext.record import is_first_process
 
     output = _output(args, recipe)
-    with _sigterm_interrupts():
+    with sigterm_interrupts():
         summary, written = collect(
             recipe, output, split=args.split, limit=args.limit, form=args.form, force=args.force
         )
@@ -72,34 +72,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-class _Terminated(KeyboardInterrupt):
-    signal = signal.SIGTERM
-
-
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """A SIGTERM ends the body as Ctrl-C does, with an exit code of its own."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise _Terminated
-
-    earlier = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, earlier)
-
-
-def prepare(recipe: "Recipe", command: list[str]) -> None:
-    """Set what must be set before torch is imported; start the processes that a recipe asks for."""
+def to_launch(recipe: "Recipe", command: list[str]) -> list[str] | None:
+    """Set what must be set before torch is imported; the launcher's command line, or None: here."""
     os.environ.update(recipe.env)
-    if wants_processes(recipe.launcher) and "LOCAL_RANK" not in os.environ:
-        launched = launch_command(recipe, command)
-        print("Launching:", " ".join(hide_secrets(launched)), file=sys.stderr, flush=True)
-        os.execv(launched[0], launched)
+    if not wants_processes(recipe.launcher) or "LOCAL_RANK" in os.environ:
+        return None
+    launcher = launch_command(recipe, command)
+    print("Launching:", " ".join(hide_secrets(launcher)), file=sys.stderr, flush=True)
+    return launcher
+
+
+def quieten() -> None:
+    """Before the imports that say something."""
     from trl_ext.cli.generate_experts import quiet_loading
 
-    quiet_loading()  # before the imports that say something
+    quiet_loading()
     from trl_ext.launch import silence_what_no_user_can_mend
 
     silence_what_no_user_can_mend()

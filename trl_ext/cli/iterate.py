@@ -11,11 +11,17 @@ examples:
 """
 
 import argparse
+import shlex
+from functools import partial
+from pathlib import Path
 
-from trl_ext.cli.collect import end_processes, prepare
+from trl_ext.cli.collect import end_processes, quieten, to_launch
+from trl_ext.cli.ending import Ending, ended, launched, sigterm_interrupts
 from trl_ext.cli.numbers import count
+from trl_ext.environment import command_name
 from trl_ext.errors import ConfigError
 from trl_ext.recipe import read_recipe
+from trl_ext.record import RECIPE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,23 +40,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Iterate here, or replace this process by a launcher that runs this command several times."""
+    """Iterate here, or in the processes of a launcher; the last line of stderr says how it went."""
+    return ended(partial(_iterate, args))
+
+
+def _iterate(args: argparse.Namespace, ending: Ending) -> str | int:
+    """How it ended, or the exit code of what was launched, which has told it."""
     if args.resume and args.overwrite:
         raise ConfigError(
             "iterate: --resume goes on with the rounds that output_dir holds, and --overwrite "
             "replaces them. Choose one."
         )
     recipe = read_recipe(args.recipe, args.overrides)
+    ending.output_dir = Path(recipe.values["output_dir"]).expanduser()
+    ending.goes_on = (
+        f"{command_name()} iterate {shlex.quote(str(ending.output_dir / RECIPE))} "
+        f"--rounds {args.rounds} --resume"
+    )
     flags = ["--resume"] * args.resume + ["--overwrite"] * args.overwrite
     command = ["iterate", args.recipe, f"--rounds={args.rounds}", *flags, *args.overrides]
-    prepare(recipe, command)
+    if (launch := to_launch(recipe, command)) is not None:
+        return launched(launch, ending)
+    quieten()
     from trl_ext.iterate import iterate
     from trl_ext.record import is_first_process
 
-    rounds, table = iterate(recipe, args.rounds, resume=args.resume, overwrite=args.overwrite)
+    with sigterm_interrupts():
+        rounds, table = iterate(recipe, args.rounds, resume=args.resume, overwrite=args.overwrite)
     if is_first_process():
         print(table)
-        folder = f"{recipe.values['output_dir']}/round-{rounds[-1].number}"
+        folder = ending.output_dir / f"round-{rounds[-1].number}"
         print(f"The policy of the last round is in {folder}.", flush=True)
     end_processes()
-    return 0
+    return "finished"

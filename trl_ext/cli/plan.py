@@ -140,7 +140,10 @@ def _assumed(plan: Plan) -> str:
         length = f"({run.prompt} prompt + {run.completion} completion) tokens"
         rows += f" of {run.rollout_rows} generated at once"
     division = run.division
-    cards = "" if division.cards == 1 else f", {division.cards} cards ({division.kind})"
+    kind = division.kind
+    if kind == "zero3" and not division.is_deepspeed:
+        kind = "fsdp"
+    cards = "" if division.cards == 1 else f", {division.cards} cards ({kind})"
     return f"Micro-batches of {rows}, each {length}{cards}."
 
 

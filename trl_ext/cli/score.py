@@ -208,13 +208,20 @@ def _introduce(scorer: "GibbsScorer") -> None:
 
 def _end(args: argparse.Namespace, scored: "list[ScoredRow] | None", scorer: "GibbsScorer") -> None:
     """Tables of a few completions, a summary of many, the page, and the next command."""
-    from trl_ext.cli.score_output import StoredRows, page, print_summary, print_tables
+    from trl_ext.cli.score_output import (
+        HOW_TO_READ,
+        StoredRows,
+        page,
+        print_summary,
+        print_tables,
+    )
 
     rows = scored if scored is not None else StoredRows(Path(args.output))
     if scored is not None and len(scored) <= SHOWN_ROWS:
         print_tables(scored)
     else:
         print_summary(rows)
+    print(HOW_TO_READ)
     if args.html is not None:
         page(rows, Path(args.html), scorer, args.file, PAGE_ROWS)
     if args.output is not None:

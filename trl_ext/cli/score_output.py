@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from trl_ext.gibbs_prm.scorer import GibbsScorer
 
 _WORST = 5
+HOW_TO_READ = (
+    "score: beta*log(policy/reference) up to there, 0 at the prompt; reward: what the step adds to "
+    "it.\nBelow 0 less reward is to be expected behind it than from the prompt on. Compare within "
+    "one prompt."
+)
 
 
 class StoredRows:

@@ -9,6 +9,7 @@ import shutil
 from typing import Any
 
 from trl_ext.recipe import Recipe, read_recipe
+from trl_ext.recipe.layers import read_layers
 from trl_ext.recipe.schema import COMPUTED, REQUIRED
 from trl_ext.recipe.yaml_reader import write_yaml
 
@@ -29,22 +30,33 @@ def run(args: argparse.Namespace) -> int:
     """Print a recipe."""
     recipe = read_recipe(args.recipe, args.overrides)
     defaults = recipe.defaults() if args.defaults else {}
-    print(_json(recipe, defaults) if args.json else _yaml(recipe, defaults))
+    settings = _as_written(recipe, args.overrides)
+    show = _json if args.json else _yaml
+    print(show(recipe, settings, defaults))
     return 0
 
 
-def _json(recipe: Recipe, defaults: dict[str, Any]) -> str:
+def _as_written(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:
+    """The recipe's settings: 20 where that was written for a float, which holds 20.0."""
+    entries = read_layers(recipe.path, overrides, [])
+    return {
+        key: entries[key].value if key in entries and entries[key].value == value else value
+        for key, value in recipe.settings().items()
+    }
+
+
+def _json(recipe: Recipe, settings: dict[str, Any], defaults: dict[str, Any]) -> str:
     origins = {key: str(origin) for key, origin in recipe.origins.items()}
     known = {key: value for key, value in defaults.items() if _is_literal(value)}
-    result = {"values": recipe.settings(), "origins": origins}
+    result = {"values": settings, "origins": origins}
     text = json.dumps(result | ({"defaults": known} if defaults else {}))
     # JSON has no infinity: a string instead of what only Python would read.
     return json.dumps(json.loads(text, parse_constant=str), indent=2)
 
 
-def _yaml(recipe: Recipe, defaults: dict[str, Any]) -> str:
+def _yaml(recipe: Recipe, settings: dict[str, Any], defaults: dict[str, Any]) -> str:
     blocks = []
-    for key, value in recipe.settings().items():
+    for key, value in settings.items():
         if key == "env":
             blocks.append(["env:", ""])
             for name, text in value.items():

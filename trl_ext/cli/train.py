@@ -11,18 +11,19 @@ import argparse
 import json
 import logging
 import os
-import signal
 import sys
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
-from trl_ext.cli import exit_code
-from trl_ext.cli.ending import TOLD, Ending, launched
+from trl_ext.cli.ending import Ending, ended, launched
 from trl_ext.cli.launcher import check_launched, launch_command, wants_processes
-from trl_ext.errors import ConfigError, OutOfMemoryError, TrlExtError
+from trl_ext.errors import ConfigError, OutOfMemoryError
 from trl_ext.recipe import Recipe, read_recipe
 from trl_ext.recipe.secrets import hide_secrets
 from trl_ext.recipe.shipped import recipe_names
 from trl_ext.record import RECIPE
+from trl_ext.rewards.process import RANK_VARIABLES
 from trl_ext.smaller import BY_MICRO_BATCH, smaller_batches
 
 
@@ -55,25 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train here, or in the processes of a launcher; the last line of stderr says how it ended."""
-    ending = Ending()
-    try:
-        how = _train(args, ending)
-    except KeyboardInterrupt as error:
-        number = getattr(error, "signal", signal.SIGINT)
-        code = ending.tell(f"stopped ({number.name})", 128 + number)
-        # A launcher would take an orderly stop for a crash, and report it at length.
-        return 0 if hasattr(error, "signal") and TOLD in os.environ else code
-    except TrlExtError as error:
-        code = exit_code(error)
-        line = ending.note(f"failed ({type(error).__name__})", code, error)
-        raise type(error)(f"{error}\n{line}") from error
-    except Exception as error:
-        error.add_note(ending.note(f"failed ({type(error).__name__})", 1, error))
-        raise
-    return how if isinstance(how, int) else ending.tell(how, 0)
+    return ended(partial(_train, args))
 
 
-def _train(args: argparse.Namespace, ending: "Ending") -> str | int:
+def _train(args: argparse.Namespace, ending: Ending) -> str | int:
     """How training ended, or the exit code of what was launched, which has told it."""
     _give_back_what_resume_took(args)
     if args.recipe is None:
@@ -85,7 +71,8 @@ def _train(args: argparse.Namespace, ending: "Ending") -> str | int:
     recipe = read_recipe(args.recipe, args.overrides)
     ending.output_dir = Path(recipe.values["output_dir"]).expanduser()
     os.environ.update(recipe.env)  # before torch and tokenizers read theirs
-    if wants_processes(recipe.launcher) and "LOCAL_RANK" not in os.environ:
+    is_launched = "LOCAL_RANK" in os.environ
+    if wants_processes(recipe.launcher) and not is_launched:
         command = launch_command(recipe, _arguments(args))
         print("Launching:", " ".join(hide_secrets(command)), file=sys.stderr, flush=True)
         code = launched(command, ending)
@@ -99,8 +86,10 @@ def _train(args: argparse.Namespace, ending: "Ending") -> str | int:
         return train(recipe, resume=args.resume, overwrite=args.overwrite, probe=args.probe)
     except OutOfMemoryError as error:
         ending.phase = error.phase
-        if "LOCAL_RANK" in os.environ or not _goes_on(args, recipe, ending, error):
+        if is_launched or not _goes_on(args, recipe, ending, error):
             raise
+    for name in RANK_VARIABLES:  # TRL sets them for a vLLM in this process
+        os.environ.pop(name, None)
     # A fresh process: in this one much would still hold memory.
     program = [sys.executable, "-m", "trl_ext", *_arguments(args)]
     sys.stdout.flush()
@@ -108,7 +97,7 @@ def _train(args: argparse.Namespace, ending: "Ending") -> str | int:
 
 
 def _goes_on(
-    args: argparse.Namespace, recipe: Recipe, ending: "Ending", error: Exception | None = None
+    args: argparse.Namespace, recipe: Recipe, ending: Ending, error: Exception | None = None
 ) -> bool:
     """Whether a run that is out of memory goes on with smaller micro-batches: then `args` do so."""
     phase, ending.phase = ending.phase, None
@@ -133,6 +122,7 @@ def _give_back_what_resume_took(args: argparse.Namespace) -> None:
     if not isinstance(after, str):
         return
     if Path(after).is_dir():
+        _give_back_a_value(args)
         # The recipe's place is taken by the first override, if there is one.
         if args.recipe is None or ("=" in args.recipe and not Path(args.recipe).is_file()):
             args.overrides[:0] = [args.recipe] if args.recipe else []
@@ -143,6 +133,18 @@ def _give_back_what_resume_took(args: argparse.Namespace) -> None:
     elif after.endswith((".yaml", ".yml")) or after in recipe_names():
         args.overrides[:0] = [args.recipe] if args.recipe else []
         args.recipe, args.resume = after, True
+
+
+def _give_back_a_value(args: argparse.Namespace) -> None:
+    """Of `--key value` argparse does not know the key, and takes the value for the recipe."""
+    if args.recipe is None or args.recipe.endswith((".yaml", ".yml")):
+        return
+    for key, value in pairwise(args.given):
+        is_key = key.startswith("--") and "=" not in key and key in args.overrides
+        if is_key and value == args.recipe and value not in recipe_names():
+            args.overrides.insert(args.overrides.index(key) + 1, value)
+            args.recipe = None
+            return
 
 
 def _go_on_with(folder: Path, args: argparse.Namespace) -> None:

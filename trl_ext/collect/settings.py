@@ -127,6 +127,8 @@ def _without_training(given: dict[str, Any], recipe: Recipe, *, held_out: bool) 
         "per_device_train_batch_size": rows if given.get("use_vllm") else group,
         "report_to": "none",
         "save_strategy": "no",
+        # It corrects a loss, and would score each completion once more for it.
+        "vllm_importance_sampling_correction": False,
     }
 
 

@@ -1,6 +1,7 @@
 """Collect from the policy, fit offline, and again; a killed round is gone on with."""
 
 import gc
+import os
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from trl_ext.iterate.recipes import (
 from trl_ext.launch import check_kept, silence_what_no_user_can_mend, train_in
 from trl_ext.recipe import Recipe, read_recipe
 from trl_ext.record import RECIPE, RunRecord, is_first_process, last_checkpoint
+from trl_ext.rewards.process import RANK_VARIABLES
 
 
 def iterate(
@@ -84,6 +86,7 @@ class _Rounds:
         self.recipe = recipe
         self.progress = progress
         self.rounds = max(asked, progress.finished())
+        self._is_launched = "LOCAL_RANK" in os.environ
         self._asked = {"rounds": self.rounds, "reference": config_of(recipe).reference}
 
     def run(self, collector: Collector) -> tuple[list[Round], str]:
@@ -110,7 +113,7 @@ class _Rounds:
             collector = self._collector(done)
         self._sample_held_out(self.rounds, collector)
         self._everyone()
-        collector.forget()
+        self._forget(collector)
         finished = self.progress.write(self._asked, self.rounds)
         self.progress.write_evaluations(self.rounds)
         return finished, self.progress.table(finished)
@@ -132,8 +135,16 @@ class _Rounds:
         if not self._is_there(completions):
             self._say(f"round {number} of {self.rounds}: collecting completions")
             collector.collect(completions, series=number, force=False)
-        collector.forget()
+        self._forget(collector)
         self._fit(number, completions)
+
+    def _forget(self, collector: Collector) -> None:
+        """Free what has sampled, before a fit or the end."""
+        collector.forget()
+        if not self._is_launched:
+            # TRL sets them for a vLLM in this process: a fit would connect it to itself.
+            for name in RANK_VARIABLES:
+                os.environ.pop(name, None)
 
     def _sample_held_out(self, number: int, collector: Collector) -> None:
         """Sample the test split with the policy after `number` rounds, if the recipe says so."""

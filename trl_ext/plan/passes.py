@@ -39,6 +39,22 @@ def head_backward(
     return head_tile(tokens, vocabulary, layer, how) + of_hidden + of_weight
 
 
+def divergence_bytes(tokens: int, teacher: int, how: Numbers, *, backward: bool) -> int:
+    """Bytes that TRL's divergence needs beside the fused head (trl.kernels.chunked_divergence).
+
+    Tiles of logits of student and teacher in float32, 8·min(tokens, 4096)·32768, in place of the
+    head's own in c, which backward is the gradient's; and the teacher's hidden states.
+
+    Args:
+        tokens: completion tokens of a micro-batch.
+        teacher: bytes of the teacher's hidden states a token.
+        how: the student's.
+        backward: in the backward pass.
+    """
+    of_logit = 8 if backward else 8 - how.compute
+    return of_logit * min(tokens, TILE_TOKENS) * TILE_VOCABULARY + teacher * tokens
+
+
 def cache_bytes(layer: Layer, num_layers: int, batch: Batch, how: Numbers) -> int:
     """Bytes of the keys and values of all layers: 2·L·b·s·K numbers of w bytes.
 

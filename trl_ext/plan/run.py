@@ -10,6 +10,7 @@ from trl.trainer.utils import get_peft_config
 from trl_ext.errors import ConfigError
 from trl_ext.plan.activations import Attention, Numbers
 from trl_ext.plan.resident import DTYPE_BYTES, knows_optimizer
+from trl_ext.plan.shapes import Shapes
 from trl_ext.plan.sharding import Division, division_of
 from trl_ext.recipe import Recipe
 from trl_ext.recipe.schema import COMPUTED, REQUIRED
@@ -39,6 +40,8 @@ class Run:
         division: how state is divided over cards.
         gathers: whether whole weights are put together on each card to generate.
         not_counted: what the recipe has and this plan leaves out, in words.
+        eval_rows: sequences of a batch of evaluation on one card; 0 without evaluation.
+        critic_shapes: of a critic that is a model of another size than the policy.
     """
 
     trainer: str
@@ -63,6 +66,8 @@ class Run:
     division: Division
     gathers: bool
     not_counted: tuple[str, ...]
+    eval_rows: int = 0
+    critic_shapes: Shapes | None = None
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
@@ -81,6 +86,12 @@ def lora_of(fields: dict[str, Any]) -> LoraConfig | None:
     lora = get_peft_config(model)
     assert lora is None or isinstance(lora, LoraConfig)
     return lora
+
+
+def shaping(fields: dict[str, Any]) -> dict[str, Any]:
+    """Those of TRL's `ModelConfig` that decide which parameters there are."""
+    named = ("model_name_or_path", "model_revision", "use_peft", "use_rslora", "use_dora")
+    return {key: value for key, value in fields.items() if key in named or key[:5] == "lora_"}
 
 
 def run_of(
@@ -135,7 +146,14 @@ def run_of(
         division=division,
         gathers=division.gathers and known.get("ds3_gather_for_generation") is not False,
         not_counted=tuple(_not_counted(known, optimizer)),
+        eval_rows=eval_rows(known) * pairs,
     )
+
+
+def eval_rows(known: dict[str, Any]) -> int:
+    """Rows of a batch of evaluation on one card; 0 where the run does not evaluate."""
+    evaluates = known.get("eval_on_start") or known.get("eval_strategy") not in (None, "no")
+    return (known.get("per_device_eval_batch_size") or 8) if evaluates else 0
 
 
 def _check(known: dict[str, Any]) -> None:
@@ -219,19 +237,6 @@ def _numbers(known: dict[str, Any], dtype: str, *, is_deepspeed: bool) -> Number
 
 def _not_counted(known: dict[str, Any], optimizer: str) -> list[str]:
     found = []
-    if known.get("process_reward") or known.get("process_learning_rate"):
-        found.append("the model of process_reward")
-    if known.get("reward_model_name_or_path"):
-        found.append("the reward model")
-    rewards = known.get("reward_funcs") or []
-    named = [each.get("name") if isinstance(each, dict) else each for each in rewards]
-    loaded = [n for n in named if n in ("log_ratio", "minus_reference", "reward_model")]
-    if loaded:
-        found.append(f"the models of the rewards {', '.join(loaded)}")
-    if known.get("experts"):
-        found.append("the experts of the product")
-    if known.get("critic_model_name_or_path"):
-        found.append("a critic of another size than the policy")
     if not knows_optimizer(optimizer):
         found.append(f"the states of optim={optimizer} (counted as AdamW's)")
     found += [f"the recipe's own {key} options" for key in ("fsdp", "deepspeed") if known.get(key)]

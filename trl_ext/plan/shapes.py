@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -101,6 +101,14 @@ class Shapes:
     def parameters(self) -> tuple[Shape, ...]:
         """The shapes of the model's own parameters."""
         return self.linear + self.other
+
+    @property
+    def headless(self) -> "Shapes":
+        """The same without the LM head's own parameters; an embedding may have their shape."""
+        other = list(self.other)
+        for shape in self.head:
+            other.remove(shape)
+        return replace(self, other=tuple(other), head=())
 
 
 def numel(shapes: tuple[Shape, ...]) -> int:

@@ -56,18 +56,15 @@ def _trained_size(run: Run) -> int:
     return run.numbers.stream
 
 
-def _model_bytes(shapes: Shapes, run: Run, *, whole: bool = True) -> int:
-    """Weights in the dtype they are loaded in, or quantised; without the LM head if not whole."""
-    size = run.numbers.stream
-    other = shapes.other
-    if not whole:
-        other = tuple(s for s in other if s not in shapes.head)
+def _model_bytes(shapes: Shapes, run: Run) -> int:
+    """Weights in the dtype they are loaded in, or quantised."""
+    others = run.numbers.stream * numel(shapes.other)
     if run.quantisation == "8bit":
-        return int8_bytes(shapes.linear) + size * numel(other)
+        return int8_bytes(shapes.linear) + others
     if run.quantisation:
         nested = run.quantisation.endswith("nested")
-        return nf4_bytes(shapes.linear, nested=nested) + size * numel(other)
-    return size * numel(shapes.linear + other)
+        return nf4_bytes(shapes.linear, nested=nested) + others
+    return run.numbers.stream * numel(shapes.linear) + others
 
 
 def _trained(shapes: Shapes, run: Run) -> tuple[Shape, ...]:
@@ -78,13 +75,13 @@ def _trained(shapes: Shapes, run: Run) -> tuple[Shape, ...]:
 
 def critic_bytes(shapes: Shapes, run: Run) -> tuple[int, tuple[Shape, ...]]:
     """Bytes of PPO's critic, and the shapes that it trains: a float32 head, and what is below."""
+    shapes = run.critic_shapes or shapes
     head = ((1, shapes.layer.hidden), (1,))
     if run.critic in ("", "head"):
         return (4 * numel(head), head) if run.critic else (0, ())
-    below = _model_bytes(shapes, run, whole=False) if run.critic == "model" else 0
+    below = _model_bytes(shapes.headless, run) if run.critic == "model" else 0
     if run.numbers.trains_base:
-        backbone = tuple(s for s in shapes.parameters if s not in shapes.head)
-        return below + 4 * numel(head), backbone + head
+        return below + 4 * numel(head), shapes.headless.parameters + head
     return below + 4 * numel(shapes.adapter + head), shapes.adapter + head
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from trl_ext.errors import ConfigError
 from trl_ext.plan.cards import Card
 from trl_ext.plan.estimate import plan_recipe
-from trl_ext.plan.run import settings_of
+from trl_ext.plan.run import eval_rows, settings_of
 from trl_ext.recipe import Recipe, read_recipe
 
 Change = dict[str, Any]
@@ -15,7 +15,7 @@ Ladder = Callable[[dict[str, Any]], Iterator[Change]]
 # Below this a completion is hardly one; halving stops here.
 _SHORTEST = 64
 _CARDS = (2, 4, 8)
-# What they hold beside the model is not sharded.
+# What they hold beside the model, a critic or experts, is not sharded.
 _WHOLE = ("ppo", "poe_distillation")
 
 
@@ -88,9 +88,12 @@ def _several(
 def _mildest(
     chosen: list[Change], milder: list[list[Change]], fits: Callable[[Sequence[Change]], bool]
 ) -> list[Change]:
-    """Each change left out, or the mildest of its kind, as far as the others let it."""
-    for place, steps in enumerate(milder):
-        for change in ({}, *steps):
+    """Each change left out, or the mildest of its kind, as far as the others let it.
+
+    The harmful ones first, so that the harmless ones are those that stay.
+    """
+    for place in reversed(range(len(chosen))):
+        for change in ({}, *milder[place]):
             instead = [*chosen[:place], change, *chosen[place + 1 :]]
             if fits(instead):
                 chosen = instead
@@ -105,8 +108,10 @@ def _ladders(recipe: Recipe, processes: int | None) -> list[Ladder]:
         _checkpointing,
         _smaller_batches,
         _smaller_rollouts,
+        _smaller_evaluations,
         _vllm,
         _lighter_optimizer,
+        _lighter_experts,
         _lighter_weights,
         _shorter,
     ]
@@ -116,8 +121,10 @@ def _ladders(recipe: Recipe, processes: int | None) -> list[Ladder]:
 
 
 def may_shard(recipe: Recipe) -> bool:
-    """Whether a recipe that is not spread over cards may be: a critic and experts are not."""
-    return recipe.trainer not in _WHOLE and not recipe.launcher.get("accelerate_config")
+    """Whether a recipe that is not spread over cards may be by ZeRO, with all that it trains."""
+    learns_beside = recipe.values.get("process_learning_rate") or recipe.values.get("order_effect")
+    is_whole = recipe.trainer in _WHOLE or learns_beside
+    return not is_whole and not recipe.launcher.get("accelerate_config")
 
 
 def _sharded(processes: int | None) -> Iterator[Change]:
@@ -167,6 +174,14 @@ def _smaller_rollouts(known: dict[str, Any]) -> Iterator[Change]:
         yield {"steps_per_generation": steps}
 
 
+def _smaller_evaluations(known: dict[str, Any]) -> Iterator[Change]:
+    """Fewer rows evaluated at once; evaluation has as many as before."""
+    rows = eval_rows(known)
+    while rows and rows % 2 == 0:
+        rows //= 2
+        yield {"per_device_eval_batch_size": rows}
+
+
 def _vllm(known: dict[str, Any]) -> Iterator[Change]:
     is_beside = known.get("use_vllm") and known.get("vllm_mode") == "colocate"
     if is_beside and not known.get("vllm_enable_sleep_mode"):
@@ -177,6 +192,11 @@ def _lighter_optimizer(known: dict[str, Any]) -> Iterator[Change]:
     if not known.get("use_peft") and "8bit" not in str(known.get("optim")):
         yield {"optim": "adamw_8bit"}
         yield {"optim": "paged_adamw_8bit"}
+
+
+def _lighter_experts(known: dict[str, Any]) -> Iterator[Change]:
+    if known.get("experts") and known.get("expert_dtype", "float32") == "float32":
+        yield {"expert_dtype": "bfloat16"}
 
 
 def _lighter_weights(known: dict[str, Any]) -> Iterator[Change]:

@@ -76,7 +76,7 @@ class PoEDistillationTrainer(TRLDistillationTrainer):
                 "ProductOfExperts as `experts`."
             )
         if args.deepspeed_plugin is not None:
-            raise ConfigError(f"{_NOT_SHARDED} DeepSpeed.")
+            raise ConfigError(_NOT_SHARDED.format(what="DeepSpeed wraps the experts too"))
         if train_dataset is None:
             raise DataError(
                 "PoEDistillationTrainer needs a train_dataset, got None. Give a datasets.Dataset "
@@ -91,8 +91,8 @@ class PoEDistillationTrainer(TRLDistillationTrainer):
             product, _vocab_size(model, args), may_forbid=args.divergence != "reverse_kl"
         )
         super().__init__(model, teacher, args, train_dataset, eval_dataset, **trl_arguments)  # pyright: ignore[reportArgumentType]
-        if self.is_fsdp_enabled:
-            raise ConfigError(f"{_NOT_SHARDED} FSDP.")
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ConfigError(_NOT_SHARDED.format(what="This is FSDP1"))
         if product.weights.is_scheduled and "logits_to_keep" not in self.model_kwarg_keys:
             raise ConfigError(
                 "A weight of the product is a function of positions, and the student's forward "
@@ -104,7 +104,8 @@ class PoEDistillationTrainer(TRLDistillationTrainer):
 
 
 _NOT_SHARDED = (
-    "The experts of PoE distillation are not sharded: use one process a device (DDP), and not"
+    "{what}, and in PoE distillation the student alone is sharded. Use FSDP2 "
+    "(accelerate_config=fsdp2), or one process a device (DDP)."
 )
 
 

@@ -11,12 +11,12 @@ _SUMMED_BY_TOKENS = ("dr_grpo", "luspo", "grpo", "bnpo", "dapo")
 
 @dataclass
 class OwnLossConfig(PolicyConfig):
-    """`PolicyConfig` of a trainer that does not use TRL's surrogate: what belongs to that."""
+    """`PolicyConfig` of a trainer that does not use TRL's surrogate: what belongs to that.
 
-    vllm_importance_sampling_correction: bool = field(
-        default=False,
-        metadata={"help": "Not used: it corrects TRL's surrogate, which is not used here."},
-    )
+    With `use_vllm` the loss of each token, or the weight of a completion, counts π_old/μ times, μ
+    being vLLM's probability of it: `vllm_importance_sampling_correction` and its options are TRL's.
+    As in TRL, a KL penalty in the loss does not.
+    """
 
     refused: ClassVar[dict[str, str]] = {
         "delta": "it clips TRL's surrogate, which is not used here",
@@ -30,13 +30,7 @@ class OwnLossConfig(PolicyConfig):
         "vespo_k_pos": "there is no VESPO loss",
         "vespo_lambda_neg": "there is no VESPO loss",
         "vespo_lambda_pos": "there is no VESPO loss",
-        "vllm_importance_sampling_cap": "it corrects TRL's surrogate, which is not used here",
-        "vllm_importance_sampling_clip_max": "it corrects TRL's surrogate, which is not used here",
-        "vllm_importance_sampling_clip_min": "it corrects TRL's surrogate, which is not used here",
-        "vllm_importance_sampling_correction": (
-            "it corrects TRL's surrogate, which is not used here"
-        ),
-        "vllm_importance_sampling_mode": "it corrects TRL's surrogate, which is not used here",
+        "vllm_importance_sampling_cap": "its name is vllm_importance_sampling_clip_max",
     }
 
     def findings(self) -> list[str]:

@@ -16,7 +16,7 @@ from trl_ext.kl_rules import (
 )
 from trl_ext.policy_config.process import ProcessOptions
 from trl_ext.registry import KL_ESTIMATORS, REWARDS
-from trl_ext.rewards.guard import LONGEST_TIMEOUT
+from trl_ext.rewards.deadline import LONGEST_TIMEOUT, default_timeout
 from trl_ext.watch_options import config_findings
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,8 @@ class PolicyConfig(ProcessOptions, TRLGRPOConfig):
             as "\\n". Such tokens join the model's end-of-sequence tokens for generation, masks and
             metrics.
         reward_timeout: seconds after which one call of a reward function on a batch is an error
-            that names it. None waits for ever.
+            that names it. None: 45 where several processes train, which wait for each other; with
+            one process it waits for ever.
         kl_estimator: k1, k2, k3 (Equation E28) from the sampled tokens, "exact" (Equation E27) and
             "topk" from the whole vocabulary at each of them, or a registered name.
         kl_placement: "loss" differentiates the penalty, summed up as the surrogate is; "reward"
@@ -78,7 +79,8 @@ class PolicyConfig(ProcessOptions, TRLGRPOConfig):
     reward_timeout: float | None = field(
         default=None,
         metadata={
-            "help": "Seconds after which one call of a reward is an error. None waits for ever."
+            "help": "Seconds after which one call of a reward is an error. None: 45 with several "
+            "processes, no limit with one."
         },
     )
     kl_estimator: str = field(
@@ -165,6 +167,7 @@ class PolicyConfig(ProcessOptions, TRLGRPOConfig):
             if not (wanted and "at least 2 generations" in str(error)):
                 raise
         self.check()
+        self.reward_timeout = self.reward_timeout or default_timeout(self.world_size)
 
     def _take_alpha(self) -> None:
         [default] = [option.default for option in fields(self) if option.name == "beta"]
@@ -233,7 +236,7 @@ class PolicyConfig(ProcessOptions, TRLGRPOConfig):
         if self.reward_timeout is not None and not 0 < self.reward_timeout <= LONGEST_TIMEOUT:
             found.append(
                 f"  reward_timeout={self.reward_timeout!r} must be > 0 and at most "
-                f"{LONGEST_TIMEOUT:g} seconds, or None for no limit."
+                f"{LONGEST_TIMEOUT:g} seconds, or None for the default."
             )
         if self.stop_strings is not None and "" in self.stop_strings:
             found.append(

@@ -16,6 +16,7 @@ from trl_ext.models.adapter import keep_nf4_gradients_on_cpu
 from trl_ext.policy_config import PolicyConfig
 from trl_ext.ppo.beginning import make_critic
 from trl_ext.ppo.config import PPOConfig
+from trl_ext.ppo.sharding import CriticOptimizer, check_sharding
 from trl_ext.rollout import MicroBatch, Rollout, whole
 from trl_ext.trl_adapter import PolicyTrainer
 
@@ -51,13 +52,12 @@ class PPOTrainer(PolicyTrainer):
     _tag_names: ClassVar[list[str]] = ["trl_ext", "ppo"]
     _name = "PPO"
     _paper: ClassVar[dict[str, str]] = {}
+    # Where the policy is in shards, and its optimizer has these alone.
+    critic_optimizer: CriticOptimizer | None = None
 
     def set_up(self) -> None:
         args = self.args
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ConfigError(
-                "PPO's critic is not sharded: use data parallelism (DDP), or another trainer."
-            )
+        check_sharding(self)
         self.critic = make_critic(
             args.critic,
             self.model,
@@ -86,9 +86,13 @@ class PPOTrainer(PolicyTrainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """As transformers, with the critic's parameters as a group of their own.
 
-        One that was given to the trainer gets that group too.
+        One that was given to the trainer gets that group too. Under FSDP2 the critic has an
+        optimizer of its own.
         """
         optimizer = super().create_optimizer(model)
+        if self.is_fsdp_enabled:
+            self.critic_optimizer = self.critic_optimizer or CriticOptimizer(self)
+            return optimizer
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         critic = self.critic.trained()
         if id(critic[0]) not in known:
@@ -105,10 +109,15 @@ class PPOTrainer(PolicyTrainer):
         """As transformers; the critic goes to the folder `critic` beside the policy."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            self.critic.save(Path(output_dir or self.args.output_dir or ".") / "critic")
+            folder = Path(output_dir or self.args.output_dir or ".")
+            self.critic.save(folder / "critic")
+            if self.critic_optimizer is not None and _internal_call and output_dir:
+                self.critic_optimizer.save(folder)
 
     def restore(self, checkpoint: Path) -> None:
         self.critic.load(checkpoint / "critic")
+        if self.critic_optimizer is not None:
+            self.critic_optimizer.load(checkpoint)
 
     def extra_state(self) -> dict[str, Any]:
         return {"old_kl_coef": self.old_kl.beta, "last_old_kl": self._last_old_kl}
@@ -270,6 +279,8 @@ class _CriticSteps(TrainerCallback):
         self.trainer.after_gradients()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
+        if self.trainer.critic_optimizer is not None:
+            self.trainer.critic_optimizer.step()
         self.trainer.critic.zero_grad()
 
 

@@ -8,9 +8,15 @@ from typing import Any, Literal, get_args, get_origin
 from trl_ext.errors import ConfigError, RewardError, TrlExtError
 from trl_ext.registry import REWARDS
 from trl_ext.rewards.guard import FAILURES, raised
-from trl_ext.rewards.isolated import OPTIONS, IsolatedReward
+from trl_ext.rewards.isolated import OPTIONS, IsolatedReward, check_options
 
 Entry = str | Mapping[str, Any]
+
+# Modules of rewards that are made in an instant, and open nothing.
+_LIGHT = tuple(
+    f"trl_ext.rewards.{name}:" for name in ("exact_match", "reasoning_gym", "vader", "verifiable")
+)
+_BESIDES = f"Any reward also takes isolated, and with isolated: true {' and '.join(OPTIONS)}."
 
 
 def build_rewards(entries: Sequence[Entry]) -> list[Callable[..., Any]]:
@@ -33,6 +39,26 @@ def build_rewards(entries: Sequence[Entry]) -> list[Callable[..., Any]]:
         PluginError: if it cannot be imported.
     """
     return [_build(entry) for entry in entries]
+
+
+def unfit_arguments(entries: Sequence[Entry]) -> list[str]:
+    """What `build_rewards` would say of the verifiable rewards among `entries`; members too.
+
+    A user's own module is not imported, no model opened and no process started.
+    """
+    found = []
+    for entry in entries:
+        name, arguments = _read(entry)
+        found += unfit_arguments(arguments.get("members") or [])
+        if REWARDS.resolve(name).startswith(_LIGHT):
+            try:
+                if _is_isolated(name, arguments):
+                    options = {key: arguments.pop(key) for key in OPTIONS if key in arguments}
+                    check_options(name, **options)
+                _build({"name": name, **arguments, "isolated": False})
+            except TrlExtError as error:
+                found.append(str(error))
+    return found
 
 
 def _build(entry: Entry) -> Callable[..., Any]:
@@ -126,7 +152,7 @@ def _check_names(function: Callable[..., Any], name: str, arguments: dict[str, A
     if unknown:
         raise RewardError(
             f"The reward {name!r} has no argument {', '.join(map(repr, unknown))}. "
-            f"Its signature: {_signature(function)}"
+            f"Its signature: {_signature(function)}. {_BESIDES}"
         )
 
 
@@ -147,7 +173,7 @@ def _check_arguments(factory: Callable[..., Any], name: str, arguments: dict[str
         raise RewardError(
             f"The reward {name!r} cannot be made with the arguments given ({_given(arguments)}): "
             f"{error}. Its signature: {_signature(factory)}. Write "
-            f"`- {{name: {name}, argument: value}}`."
+            f"`- {{name: {name}, argument: value}}`. {_BESIDES}"
         ) from error
 
 

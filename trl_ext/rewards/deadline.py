@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 import threading
 import time
@@ -15,6 +16,10 @@ from trl_ext.errors import RewardError
 logger = logging.getLogger(__name__)
 
 WARN_AFTER = 60.0  # seconds; long for a reward, short against wondering why a run stands still
+LONGEST_TIMEOUT = 86_400.0  # seconds, a day: timers overflow some way above
+# Seconds. Other processes wait meanwhile, by default for half an hour before they give up.
+OF_SEVERAL_PROCESSES = 45.0
+SEARCH_OF_SEVERAL = 10.0  # and once more for the completion that it was
 
 
 class RewardTimeout(RewardError):
@@ -66,10 +71,39 @@ async def async_deadline(name: str, completions: int, timeout: float | None) -> 
             raise _overrun(name, completions, timeout) from None
 
 
+def is_timeout(timeout: Any) -> bool:
+    """Whether this is a number of seconds that a call may be limited to."""
+    is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+    return is_number and 0 < timeout <= LONGEST_TIMEOUT
+
+
+def default_timeout(processes: int) -> float | None:
+    """Seconds that a trainer gives a reward if nothing is said; None: any number.
+
+    Args:
+        processes: that train together, and wait for each other after each rollout.
+    """
+    return OF_SEVERAL_PROCESSES if processes > 1 else None
+
+
+def search_timeout(timeout: float | None) -> float | None:
+    """Seconds for finding the completion of a failed call whose limit was `timeout`.
+
+    Where several processes train, no more than SEARCH_OF_SEVERAL: the failure ends them all.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return timeout
+    return SEARCH_OF_SEVERAL if timeout is None else min(timeout, SEARCH_OF_SEVERAL)
+
+
 def _overrun(name: str, completions: int, timeout: float | None) -> RewardTimeout:
+    assert timeout is not None  # nothing runs over no limit
+    longer, default = min(10 * timeout, LONGEST_TIMEOUT), OF_SEVERAL_PROCESSES
     return RewardTimeout(
         f"The reward {name!r} took longer than its limit of {timeout:g} s for {completions} "
-        "completions. Make it faster, give its own calls a time limit, or raise this one."
+        "completions. Make it faster, give its own calls a time limit, or raise this one: "
+        f"reward_timeout={longer:g}. (With several processes, which wait for each other, "
+        f"{default:g} s is the default; with one there is no limit.)"
     )
 
 

@@ -14,10 +14,16 @@ from typing import Any
 
 from trl_ext.errors import ConfigError, RewardError
 from trl_ext.rewards.columns import asked_for
-from trl_ext.rewards.deadline import RewardTimeout, async_deadline, deadline
+from trl_ext.rewards.deadline import (
+    LONGEST_TIMEOUT,
+    RewardTimeout,
+    async_deadline,
+    deadline,
+    is_timeout,
+    search_timeout,
+)
 from trl_ext.rewards.returned import Checked, cut, shown
 
-LONGEST_TIMEOUT = 86_400.0  # seconds, a day: timers overflow some way above
 # What a reward's failure is. sys.exit in a reward would end the run as if it had succeeded.
 FAILURES = (Exception, SystemExit)
 # Columns by which a reward writes to TRL's logs; switched off while a failure is looked into.
@@ -26,7 +32,7 @@ NO_CULPRIT = (
     "Each completion alone is scored without an error, so it is the batch that it cannot take. "
     "On the command line, --debug shows the traceback."
 )
-NOT_FOUND = "Which completion it was could not be found within the reward's time limit."
+NOT_FOUND = "Which completion it was could not be found in time."
 
 
 def guarded(reward_func: Any, name: str, timeout: float | None = None) -> Any:
@@ -96,12 +102,6 @@ def _check_reward(reward_func: Any, name: str, timeout: Any) -> None:
         )
 
 
-def is_timeout(timeout: Any) -> bool:
-    """Whether this is a number of seconds that a call may be limited to."""
-    is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
-    return is_number and 0 < timeout <= LONGEST_TIMEOUT
-
-
 def is_async(function: Any) -> bool:
     """Whether a call gives something to await."""
     while isinstance(function, functools.partial):
@@ -129,7 +129,7 @@ def _guarded_sync(
 
     def find(prompts: list, completions: list, columns: dict[str, Any]) -> str:
         try:
-            with deadline(name, len(completions), timeout):
+            with deadline(name, len(completions), search_timeout(timeout)):
                 for index, sample in enumerate(samples(prompts, completions, columns)):
                     try:
                         reward_func(**sample)
@@ -141,7 +141,8 @@ def _guarded_sync(
 
     def slowest(prompts: list, completions: list, columns: dict[str, Any]) -> str:
         starts = [time.monotonic()]
-        with contextlib.suppress(*FAILURES), deadline(name, len(completions), timeout):
+        limit = search_timeout(timeout)
+        with contextlib.suppress(*FAILURES), deadline(name, len(completions), limit):
             for sample in samples(prompts, completions, columns):
                 reward_func(**sample)
                 starts.append(time.monotonic())
@@ -184,7 +185,7 @@ def _guarded_async(
 
     async def find(prompts: list, completions: list, columns: dict[str, Any]) -> str:
         try:
-            async with async_deadline(name, len(completions), timeout):
+            async with async_deadline(name, len(completions), search_timeout(timeout)):
                 for index, sample in enumerate(samples(prompts, completions, columns)):
                     try:
                         await reward_func(**sample)
@@ -197,7 +198,7 @@ def _guarded_async(
     async def slowest(prompts: list, completions: list, columns: dict[str, Any]) -> str:
         starts = [time.monotonic()]
         with contextlib.suppress(*FAILURES):
-            async with async_deadline(name, len(completions), timeout):
+            async with async_deadline(name, len(completions), search_timeout(timeout)):
                 for sample in samples(prompts, completions, columns):
                     await reward_func(**sample)
                     starts.append(time.monotonic())

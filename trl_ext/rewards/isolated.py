@@ -14,6 +14,7 @@ from trl_ext.rewards.returned import FLOAT32_MAX, cut, shown
 logger = logging.getLogger(__name__)
 
 OPTIONS = ("timeout", "failure_reward")  # of an entry, besides `isolated`
+TIMEOUT = 5.0  # seconds
 MOST_FAILURES = 20  # in a row: no policy writes so many texts that break a sound reward
 # What a trainer passes and is no column: it stays in the trainer's process.
 STAYS = ("trainer_state", "environments", *LOGGERS)
@@ -22,11 +23,11 @@ STAYS = ("trainer_state", "environments", *LOGGERS)
 class IsolatedReward:
     """A reward function that scores each completion alone, in a process of its own.
 
-    A completion that hangs, crashes the process or fills its memory gets `failure_reward`, a
-    warning names it, and the process is replaced. An exception of the reward is a `RewardError` as
-    ever. What the reward logs by `log_metric` and `log_extra` arrives; the cell of a completion for
-    which it logged nothing is empty. The metric `<reward>/not_scored` is the share of a batch that
-    got `failure_reward`.
+    A completion that hangs, crashes the process or fills its memory gets `failure_reward`, and the
+    process is replaced; a warning names the first of a kind. An exception of the reward is a
+    `RewardError` as ever. What the reward logs by `log_metric` and `log_extra` arrives; the cell of
+    a completion for which it logged nothing is empty. The metric `<reward>/not_scored` is the share
+    of a batch that got `failure_reward`.
 
     Args:
         entry: the reward as in `reward_funcs`, a name or a mapping. It is made in the process, so
@@ -43,7 +44,7 @@ class IsolatedReward:
         self,
         entry: str | Mapping[str, Any],
         *,
-        timeout: float = 5.0,
+        timeout: float = TIMEOUT,
         failure_reward: float | None = None,
     ):
         given = {"name": entry} if isinstance(entry, str) else entry
@@ -53,10 +54,11 @@ class IsolatedReward:
                 "that it must be a name, such as 'package.module:object', or a mapping with 'name'."
             )
         name = given["name"]
-        _check_options(name, timeout, failure_reward)
+        check_options(name, timeout, failure_reward)
         self.entry = {**given, "isolated": False}  # in its process it is an ordinary reward
         self.timeout, self.failure_reward = timeout, failure_reward
         self._failures = 0  # in a row
+        self._said: set[str] = set()
         self._lock = threading.Lock()
         self._process = RewardProcess(self.entry, timeout, name)
         self.__name__, self.asks_for = self._process.name, self._process.asks_for
@@ -112,13 +114,18 @@ class IsolatedReward:
                 "no accident of a text. Score one without `isolated` to see why, or raise "
                 f"`timeout`, now {self.timeout:g} s a completion."
             ) from failure
+        if str(failure) in self._said:
+            return
+        self._said.add(str(failure))
         gets = "is not scored" if self.failure_reward is None else f"gets {self.failure_reward:g}"
         logger.warning(
-            "The reward %r: one completion %s, because the reward's process %s on it. %s",
+            "The reward %r: one completion %s, because the reward's process %s on it. %s This is "
+            "said once; the metric %s/not_scored is the share of such completions.",
             self.__name__,
             gets,
             failure,
             where,
+            self.__name__,
         )
 
 
@@ -141,7 +148,12 @@ def _one_cell(values: Any, column: Any, name: str, where: str) -> Any:
     return values[0]
 
 
-def _check_options(name: str, timeout: Any, failure_reward: Any) -> None:
+def check_options(name: str, timeout: Any = TIMEOUT, failure_reward: Any = None) -> None:
+    """Whether an entry's options of isolation are ones.
+
+    Raises:
+        ConfigError: if not, or this is Windows.
+    """
     if os.name != "posix":
         raise ConfigError(
             f"The reward {name!r} is isolated, which needs Linux or macOS. Set isolated: false."

@@ -116,6 +116,10 @@ class RWRConfig(OwnLossConfig):
             if getattr(self, name) not in values
         ]
 
+    def _corrects_tokens(self) -> bool:
+        is_on = self.use_vllm and self.vllm_importance_sampling_correction
+        return is_on and not self.vllm_importance_sampling_mode.startswith("sequence_")
+
     def _bad_values(self) -> list[str]:
         findings = []
         if not self.beta >= 0:
@@ -133,6 +137,11 @@ class RWRConfig(OwnLossConfig):
             )
         if self.reference == "fixed":
             findings += self._sampler_is_not_the_policy()
+        if self._corrects_tokens():
+            findings.append(
+                f"  vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r}: a weight "
+                "belongs to a whole completion. Use sequence_mask or sequence_truncate."
+            )
         if self.reward_samples < 1:
             findings.append(f"  reward_samples={self.reward_samples!r} must be at least 1.")
         for name, allowed in (

@@ -66,11 +66,13 @@ def _length(row: Mapping[str, Any], lists: list[str], name: str, number: int) ->
     for column in lists:
         if not isinstance(row[column], list):
             raise DataError(
-                f"{name}, row {number}: {column} is {row[column]!r:.80}; it must be a list with "
-                "one entry a completion."
+                f"{name}, row {number} (counted from 0): {column} is {row[column]!r:.80}; it "
+                "must be a list with one entry a completion."
             )
     sizes = {column: len(row[column]) for column in lists}
     if len(set(sizes.values())) > 1:
         told = ", ".join(f"{column} {size}" for column, size in sizes.items())
-        raise DataError(f"{name}, row {number}: its lists have different lengths: {told}.")
+        raise DataError(
+            f"{name}, row {number} (counted from 0): its lists have different lengths: {told}."
+        )
     return sizes["completions"]

@@ -17,6 +17,8 @@ from trl_ext.errors import DataError
 _ROUNDING = 1e-2
 # Says of a row that was made of lists which it was: their row, and the place in them.
 PLACE = "place_in_lists"
+# Readers of CSV and of JSON arrays, and of lines that arrow does not take, give NaN as None.
+_NONE = "is None (missing, or a nan that the reader of the file gives as None)"
 A_COMPLETION = "It must be a text, or a list of messages {role, content}."
 
 
@@ -185,8 +187,10 @@ class RowReader:
     def _wrong(self, name: str, value: Any, allowed: str) -> DataError:
         shown = repr(value)
         shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-        what = "is missing (None)" if value is None else f"is {shown}"
-        return DataError(f"{self.name}, row {self._place}: {name} {what}. {allowed}")
+        what = _NONE if value is None else f"is {shown}"
+        return DataError(
+            f"{self.name}, row {self._place} (counted from 0): {name} {what}. {allowed}"
+        )
 
 
 def _a_number_instead_of(value: Any) -> str:

@@ -157,7 +157,7 @@ def _said_of(weighed: Weighed, args: OfflineRWRConfig) -> str:
         return f"{beta}: {samples} effective samples of {len(weighed.weights)}."
     left_out = args.drop_uniform_groups and args.beta < math.inf
     return (
-        f"{beta}: {samples} effective samples a group on average; "
+        f"{beta}: {samples} of {found['group_size']:.3g} effective samples a group; "
         f"{found['uniform_groups']:.1%} of groups are uniform{', left out' if left_out else ''}."
     )
 

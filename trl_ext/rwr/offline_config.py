@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from trl import SFTConfig as TRLSFTConfig
 
 from trl_ext.options import OwnOptions
-from trl_ext.rewards.guard import LONGEST_TIMEOUT
+from trl_ext.rewards.deadline import LONGEST_TIMEOUT, default_timeout
 from trl_ext.rwr.config import LEAST_BETA
 
 
@@ -45,6 +45,8 @@ class OfflineRWRConfig(OwnOptions, TRLSFTConfig):
             is with beta=inf and groups of one size.
         reference: what `trl_ext iterate` tilts: "moving", the policy of each round; "fixed", the
             first one, by importance weights.
+        reward_timeout: seconds after which one call of a reward function is an error that names it.
+            None: 45 with several processes, which wait for each other; no limit with one.
     """
 
     beta: float = field(
@@ -146,7 +148,8 @@ class OfflineRWRConfig(OwnOptions, TRLSFTConfig):
     reward_timeout: float | None = field(
         default=None,
         metadata={
-            "help": "Seconds after which one call of a reward is an error. None waits for ever."
+            "help": "Seconds after which one call of a reward is an error. None: 45 with several "
+            "processes, no limit with one."
         },
     )
     use_vllm: bool = field(
@@ -190,6 +193,7 @@ class OfflineRWRConfig(OwnOptions, TRLSFTConfig):
     def __post_init__(self):
         self.check()
         super().__post_init__()
+        self.reward_timeout = self.reward_timeout or default_timeout(self.world_size)
 
     def findings(self) -> list[str]:
         """What is wrong with these options, a line each; together, once each has its type."""
@@ -218,7 +222,7 @@ class OfflineRWRConfig(OwnOptions, TRLSFTConfig):
         if self.reward_timeout is not None and not 0 < self.reward_timeout <= LONGEST_TIMEOUT:
             yield (
                 f"  reward_timeout={self.reward_timeout!r} must be > 0 and at most "
-                f"{LONGEST_TIMEOUT:g} seconds, or None for no limit."
+                f"{LONGEST_TIMEOUT:g} seconds, or None for the default."
             )
 
     def _of_data(self) -> Iterator[str]:

@@ -53,7 +53,8 @@ def scored(
             first = len(found)
             places = batch.get(PLACE, range(first, first + len(batch["prompt"])))
             for place, *values in zip(places, *by_reward, strict=True):
-                found.append(_summed(values, weights, f"{name}, row {place}"))
+                where = f"{name}, row {place} (counted from 0)"
+                found.append(_summed(values, weights, where))
             bar.update(len(batch["prompt"]))
     return found
 

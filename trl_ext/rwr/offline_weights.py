@@ -37,7 +37,8 @@ class Weighed:
         metrics: name -> number, of all groups with weight: `effective_sample_size` (samples) and
             `weight_entropy` (nats), both before `max_weight`; `mass_clipped`, the share of a
             group's weight that it cut off; `uniform_groups`, the share of groups whose rewards are
-            all equal, left out or not; `beta_used`.
+            all equal, left out or not; `group_size`, the mean over groups of
+            their rows; `beta_used`.
     """
 
     weights: np.ndarray
@@ -111,6 +112,7 @@ class _Groups:
             "beta_used": beta,
             "effective_sample_size": sizes / groups,
             "weight_entropy": entropies / groups,
+            "group_size": len(self.scores) / everything,
             "uniform_groups": uniform / everything,
             "mass_clipped": lost / groups,
         }

@@ -34,7 +34,8 @@ class RWRTrainer(PolicyTrainer):
     averaged over the prompts of the batch, dropped ones included. It differs from its parent: no
     advantages that push down, no importance ratio, no clipping; weights are positive and sum to 1
     for each prompt. A completion that no reward function scores has weight 0. With `num_iterations`
-    > 1 the regression on one rollout goes on, towards the projection itself.
+    > 1 the regression on one rollout goes on, towards the projection itself. Completions by vLLM
+    are weighed by exp(r/β)·π/μ, μ being vLLM's probability of them.
 
     Takes the arguments of `trl.GRPOTrainer`, with an `RWRConfig`.
     """
@@ -65,15 +66,21 @@ class RWRTrainer(PolicyTrainer):
 
     def assign_credit(self, rollout: Rollout) -> Tensor:
         scores, beta = rollout.rewards_PG, self.args.beta
-        if self.args.reference == "fixed":
-            log_ratios = -self._sampler_log_ratio(rollout)
-            scores, beta = target_log_weights(scores, log_ratios, beta), 1.0
         # mask_truncated_completions empties masks: such a completion cannot carry weight.
         keep = (
             self.over_groups(rollout.batch["completion_mask"].any(dim=1), rollout) & ~scores.isnan()
         )
-        weights = gibbs_weights(scores, beta, mask=keep)
         uniform = _all_equal(scores, keep)
+        if self.args.reference == "fixed":
+            log_ratios = -self._sampler_log_ratio(rollout)
+            scores, beta = target_log_weights(scores, log_ratios, beta), 1.0
+            uniform = _all_equal(scores, keep)
+        elif "importance_sampling_ratio" in rollout.batch and beta > 0:
+            # Samples of vLLM's μ, weighed as those of π: (B, 1), as TRL truncates or masks it.
+            ratios = self.over_groups(rollout.batch["importance_sampling_ratio"], rollout)[..., 0]
+            keep = keep & (ratios > 0)
+            scores, beta = target_log_weights(scores, ratios.log(), beta), 1.0
+        weights = gibbs_weights(scores, beta, mask=keep)
         self._log_weights(scores, beta, weights, keep, uniform)
         if self.args.drop_uniform_groups:
             weights = weights.masked_fill(uniform.unsqueeze(1), 0.0)

@@ -60,9 +60,10 @@ class Loss(Evaluation):
             MicroBatch(logps, generated(inputs), inputs["advantages"], inputs, readout)
         )
         self._drop_surrogate_metrics()
-        return rest + (
-            self._added_up(loss, inputs) if loss.dim() == 2 else loss / self._accumulated
-        )
+        if loss.dim() != 2:  # of completions: their credit has the correction
+            return rest + loss / self._accumulated
+        # vLLM's probabilities are not the policy's: π_old/μ, which TRL's surrogate counts by too.
+        return rest + self._added_up(loss * inputs.get("importance_sampling_ratio", 1.0), inputs)
 
     def _added_up(self, per_token: Tensor, inputs) -> Tensor:
         """A loss (B, T) summed up over tokens as TRL does for its loss type."""

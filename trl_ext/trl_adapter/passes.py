@@ -40,11 +40,13 @@ class Passes(Hooks):
 
     def sampler_logps(self, rollout: Rollout) -> Tensor:
         """(B, T) per-token log-probabilities, nats, under the policy that generated the rollout."""
-        batch = rollout.batch
-        for known in ("sampling_per_token_logps", "old_per_token_logps"):
-            if known in batch:
-                return batch[known]
-        return self._sampler_pass(rollout)[0]
+        vllms = rollout.batch.get("sampling_per_token_logps")
+        if vllms is not None and not vllms.isnan().any():
+            return vllms
+        ours = rollout.batch.get("old_per_token_logps")
+        ours = self._sampler_pass(rollout)[0] if ours is None else ours
+        # vLLM may leave out a token's; TRL corrects nothing there, and takes the policy's.
+        return ours if vllms is None else torch.where(vllms.isnan(), ours, vllms)
 
     def sampler_readout(self, rollout: Rollout) -> Tensor:
         """What `read_hidden` made of the policy that generated the rollout, (B, …)."""

@@ -100,7 +100,8 @@ def probe(trainer: Trainer) -> Probe:
         began = time.perf_counter()
         with _whole_completions(trainer) if is_policy else nullcontext():
             running.training_step(running.model_wrapped, batch, _items(batch))
-        _make_states(trainer)
+        for optimizer in _optimizers(trainer):
+            _make_states(optimizer)
         seconds = time.perf_counter() - began
     if not on_gpu:
         unit = 1 if sys.platform == "darwin" else 1024
@@ -208,7 +209,8 @@ def _as_it_was(trainer: Trainer) -> Iterator[None]:
         policy.kl.load_state(learned[0])
         policy.load_extra_state(learned[1])
     anything.model_wrapped.zero_grad(set_to_none=True)
-    anything.optimizer.zero_grad(set_to_none=True)
+    for optimizer in _optimizers(trainer):
+        optimizer.zero_grad(set_to_none=True)
     trainer.state.num_input_tokens_seen = seen
     for name, value in kept.items():
         setattr(trainer, name, value)
@@ -223,10 +225,14 @@ def _random_states_kept() -> Iterator[None]:
     np.random.set_state(numbers)
 
 
-def _make_states(trainer: Trainer) -> None:
+def _optimizers(trainer: Trainer) -> list[Any]:
+    """torch's own: that of the trainer, and of a critic beside a policy in shards."""
+    known = (trainer.optimizer, getattr(trainer, "critic_optimizer", None))
+    return [getattr(each, "optimizer", each) for each in known if each is not None]
+
+
+def _make_states(optimizer: Any) -> None:
     """Let a fresh optimizer make its states, with gradients of 0: the parameters stay."""
-    optimizer: Any = trainer.optimizer
-    optimizer = getattr(optimizer, "optimizer", optimizer)
     if optimizer.state:  # of a checkpoint: they are there
         return
     decays = [group.get("weight_decay") for group in optimizer.param_groups]

@@ -180,10 +180,6 @@ class Rollouts(Passes):
     def _stop_at(self, strings: list[str]) -> None:
         if not strings:
             return
-        if self.use_vllm:
-            raise ConfigError(
-                "stop_strings does not reach vLLM. Use generation_kwargs={'stop': [...]} there."
-            )
         vocabulary = self._tokenizer.batch_decode(
             [[token] for token in range(len(self._tokenizer))]
         )
@@ -202,8 +198,14 @@ class Rollouts(Passes):
             *self.eos_token_ids,
             *(t for t in stops if t not in self.eos_token_ids),
         ]
-        self.generation_kwargs["eos_token_id"] = self.eos_token_ids
-        self.generation_config.eos_token_id = self.eos_token_ids
+        if self.use_vllm:
+            vllm = self.vllm_generation
+            given = vllm.generation_kwargs.get("stop_token_ids") or []
+            stops = [*self.eos_token_ids, *(t for t in given if t not in self.eos_token_ids)]
+            vllm.generation_kwargs = vllm.generation_kwargs | {"stop_token_ids": stops}
+        else:
+            self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+            self.generation_config.eos_token_id = self.eos_token_ids
 
 
 def _with_none(rewards: Tensor) -> list[float | None]:

@@ -127,7 +127,7 @@ class PolicyTrainer(Checkpoints):
         for name, weight in self.accelerator.unwrap_model(self.model).named_parameters():
             theirs = reference.get(name)
             # What is spread over processes is not compared.
-            if theirs is None or theirs.shape != weight.shape or isinstance(weight, DTensor):
+            if theirs is None or theirs.shape != weight.shape or isinstance(theirs, DTensor):
                 continue
             if not torch.equal(theirs.to(weight), weight):
                 raise ConfigError(

@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 from tests.tiny import save_tiny_llama
-from trl_ext.cli import launcher
+from trl_ext.cli import iterate, launcher
 from trl_ext.cli.collect import NAMES
 from trl_ext.collect import FORMS
 from trl_ext.collect.samples import Samples
+from trl_ext.rwr.offline import OfflineRWRTrainer
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +129,7 @@ def test_several_processes_run_the_same_command(trl_ext, recipe, monkeypatch, ar
         raise SystemExit(0)
 
     monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(iterate, "launched", lambda command, _: commands.append(command) or 0)
     monkeypatch.setattr(launcher, "_device_count", lambda: 0)
     assert trl_ext(*argv, "num_processes=2")[0] == 0
     command = commands[0]
@@ -154,3 +156,44 @@ def test_sigterm_keeps_what_is_sampled_and_it_is_gone_on_with(trl_ext, recipe, m
     assert signal.getsignal(signal.SIGTERM) is handler
     code, _, err = trl_ext(*argv)
     assert code == 0 and f"Going on from {kept[1]} completions" in err, err
+
+
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [
+        ("collecting", signal.SIGTERM),
+        ("collecting", signal.SIGINT),
+        ("fitting", signal.SIGTERM),
+    ],
+)
+def test_a_signal_ends_the_rounds_and_the_last_line_says_how_to_go_on(
+    trl_ext, recipe, monkeypatch, where, number
+):
+    at, name = (Samples, "write") if where == "collecting" else (OfflineRWRTrainer, "training_step")
+    own = getattr(at, name)
+
+    def and_end(self, *given):
+        result = own(self, *given)
+        os.kill(os.getpid(), number)
+        return result
+
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patched:
+        patched.setattr(at, name, and_end)
+        code, _, err = trl_ext("iterate", recipe, "--rounds", "1")
+    assert code == 128 + number
+    last = err.strip().splitlines()[-1]
+    assert re.fullmatch(
+        rf"trl_ext: stopped \({number.name}\), exit code {code}; resume: .*trl_ext iterate "
+        r"runs/mine/recipe\.yaml --rounds 1 --resume",
+        last,
+    ), err
+    assert signal.getsignal(number) is handler
+    code, _, err = trl_ext("iterate", *last.partition("trl_ext iterate ")[2].split())
+    assert code == 0, err
+    assert err.strip().splitlines()[-1] == ("trl_ext: finished, exit code 0; output_dir: runs/mine")
+
+
+def test_rounds_that_cannot_be_say_so_in_the_last_line(trl_ext, recipe):
+    code, _, err = trl_ext("iterate", recipe, "--rounds", "1", "beta=-1")
+    assert code == 2 and err.endswith("\ntrl_ext: failed (ConfigError), exit code 2\n")

@@ -26,6 +26,41 @@ def test_validate_says_what_is_wrong(home, trl_ext):
     assert "command line: sede: unknown key, with the value 1. Did you mean seed?" in err
 
 
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ("{name: regex_match, pattern: '('}", "'(' is no regular expression: missing )"),
+        ("{name: regex_match, patern: a}", "missing a required argument: 'pattern'"),
+        ("{name: regex_match, pattern: a, timeout: 3}", "unexpected keyword argument 'timeout'"),
+        ("{name: json_schema, schema: {type: strng}}", "no JSON Schema, at type: 'strng'"),
+        ("{name: json_schema, schema: {$ref: '#/$defs/a'}}", "refers to '#/$defs/a'"),
+        ("{name: reasoning_gym, raeder: lenient}", "no argument 'raeder'"),
+        ("{name: reasoning_gym, reader: lax}", "reader is 'lax'; it must be strict or lenient"),
+        ("{name: regex_match, pattern: a, isolated: 1}", "it must be true or false"),
+        ("{name: regex_match, pattern: a, isolated: true, timeout: 0}", "timeout is 0; it must"),
+        ("{name: math_verify, timeout: -1}", "timeout is -1; it must"),
+        ("{name: math_verify, column: a}", "unexpected keyword argument 'column'"),
+        ("{name: reward_ensemble, members: [{name: regex_match, pattern: '['}]}", "'[' is no reg"),
+    ],
+)
+@pytest.mark.parametrize("key", ["reward_funcs", "gold_reward_funcs"])
+def test_validate_makes_verifiable_rewards(home, trl_ext, key, entry, says):
+    rewards = {"reward_funcs": "exact_match"} | {key: entry}
+    Path("r.yaml").write_text(
+        f"extends: {home}/recipes/rwr/first.yaml\neval_strategy: steps\neval_on_start: true\n"
+        + "".join(f"{name}: [{reward}]\n" for name, reward in rewards.items())
+    )
+    code, out, err = trl_ext("validate", "r.yaml")
+    assert (code, out) == (2, ""), err
+    assert f": {key}: " in err and says in " ".join(err.split()), err
+
+
+def test_validate_imports_no_reward_of_a_user(home, trl_ext):
+    rewards = "[mine.rewards:one, {name: regex_match, pattern: a, isolated: true}, math_verify]"
+    code, _, err = trl_ext("validate", "rwr/first", f"reward_funcs={rewards}")
+    assert code == 0, err
+
+
 def test_show(home, trl_ext):
     Path("r.yaml").write_text(
         "trainer: rwr\nextends: recipes/rwr/first.yaml\nenv: {A: 1}\n"
@@ -48,6 +83,21 @@ def test_show(home, trl_ext):
         "- accuracy_reward\n"
         "seed: 3                # command line\n"
     )
+
+
+def test_show_has_numbers_as_they_were_written(home, trl_ext):
+    """A float's field reads 20 as 20.0; a word that YAML takes for a boolean stays a word."""
+    Path("r.yaml").write_text(
+        f"extends: {home}/recipes/rwr/first.yaml\nreward_timeout: 20\ntemperature: 1.0\n"
+        "save_strategy: no\nreward_funcs: [vader, exact_match]\nreward_weights: [1, 2.0]\n"
+    )
+    code, out, err = trl_ext("show", "r.yaml", "beta=3")
+    assert code == 0, err
+    for text in ("reward_timeout: 20 ", "temperature: 1.0 ", "save_strategy: 'no' ", "beta: 3 "):
+        assert f"\n{text}" in out, out
+    assert "- 1\n- 2.0\n" in out
+    _, out, _ = trl_ext("show", "r.yaml", "--json")
+    assert '"reward_timeout": 20,' in out
 
 
 def test_show_fits_a_narrow_terminal(home, trl_ext, monkeypatch):

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import save_byte_llama
+from trl_ext.cli.score_output import HOW_TO_READ
 from trl_ext.gibbs_prm import GibbsScorer
 from trl_ext.gibbs_prm.scored_file import read_scored
 
@@ -52,6 +53,7 @@ def test_one_completion_is_shown_step_by_step(here, trl_ext, run_folder):
         for reward, score in zip(scores.step_rewards, scores.prefix_scores, strict=True):
             assert re.search(rf"{reward:+.3f} │ {score:+.3f}".replace("+", r"\+"), out)
     assert "a[b]" in out
+    assert out.count(HOW_TO_READ) == 1
     assert list(here.glob("*.jsonl")) == [here / "in.jsonl"]
 
 
@@ -70,7 +72,7 @@ def test_a_file_is_scored_into_another(here, trl_ext, run_folder, name):
     assert rows[2].scores.prefix_scores == pytest.approx(expected.prefix_scores, abs=1e-5)
     assert "scored 3 completions, 14 tokens" in out
     assert re.search(r"right: 1 completions, mean score [+-]", out)
-    assert f"trl_ext rank {name}" in out
+    assert f"trl_ext rank {name}" in out and HOW_TO_READ in out
     assert "or six" in Path("page.html").read_text()
     # Again, it would be in the way.
     code, _, err = trl_ext("score", run_folder, "in.jsonl", "--output", name)

@@ -87,6 +87,12 @@ def ran(home) -> Path:
         (["--resume", "runs/a", "--seed=1"], True, 1),
         (["seed=1", "--resume", "runs/a"], True, 1),
         (["--resume", "runs/a/checkpoint-3", "seed=1"], "runs/a/checkpoint-3", 1),
+        (["--resume", "runs/a", "--seed", "1"], True, 1),
+        (["--seed", "1", "--resume", "runs/a"], True, 1),
+        (["--resume", "runs/a", "--save_steps", "3", "--seed", "1"], True, 1),
+        (["--resume", "runs/a", "--save_steps=3", "--seed", "1"], True, 1),
+        (["--resume", "runs/a", "--seed", "1", "save_steps=3"], True, 1),
+        (["--resume", "runs/a/checkpoint-3", "--seed", "1"], "runs/a/checkpoint-3", 1),
     ],
 )
 def test_a_run_is_gone_on_with_by_its_folder_alone(calls, trl_ext, ran, argv, resume, seed):
@@ -426,6 +432,24 @@ def test_out_of_memory_goes_on_with_smaller_micro_batches(home, trl_ext, no_room
     assert f"No room.\nGoing on with {' '.join(smaller)}" in capsys.readouterr().err.replace(
         "the same batch in smaller parts: ", ""
     )
+
+
+def test_a_vllm_in_the_process_does_not_make_it_a_launched_one(home, trl_ext, no_room, monkeypatch):
+    """TRL sets these for a colocated vLLM: what goes on would look for other processes."""
+    phases, programs = no_room
+    phases.append("train")
+    ours = sys.modules["trl_ext.launch"].train
+
+    def with_vllm(recipe, **options):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
+            monkeypatch.setenv(name, "0")
+        return ours(recipe, **options)
+
+    monkeypatch.setattr(sys.modules["trl_ext.launch"], "train", with_vllm)
+    with pytest.raises(SystemExit):
+        main(["train", "rwr/first", "per_device_train_batch_size=6", "steps_per_generation=4"])
+    assert len(programs) == 1
+    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} & os.environ.keys()
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,15 @@ def test_nothing_to_spare(tmp_path):
             assert not planned(given, card, others).fits(card)
 
 
+def test_harmless_changes_stay():
+    # Micro-batches of one row would fit without them, and leave a card idle.
+    given = ["model_name_or_path=Qwen/Qwen2.5-7B", "max_completion_length=512"]
+    recipe = read_recipe("rwr/smollm2_full", given)
+    changes = suggest(recipe, given, find_card("rtx-3060"))
+    assert changes and {"attn_implementation=sdpa", "gradient_checkpointing=true"} <= {*changes}
+    assert "per_device_train_batch_size=1" not in changes
+
+
 def test_a_smaller_batch_keeps_steps_and_rollouts(tmp_path):
     # Generated elsewhere, so that only training is too large; half the rows are enough.
     server = {"use_vllm": True, "vllm_mode": "server", "steps_per_generation": 8}

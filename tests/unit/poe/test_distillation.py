@@ -389,9 +389,21 @@ def test_deepspeed(student, product, tmp_path):
     with pytest.raises(ConfigError) as error:
         PoEDistillationTrainer(student, product, args, prompts())
     assert str(error.value) == (
-        "The experts of PoE distillation are not sharded: use one process a device (DDP), and not "
-        "DeepSpeed."
+        "DeepSpeed wraps the experts too, and in PoE distillation the student alone is sharded. "
+        "Use FSDP2 (accelerate_config=fsdp2), or one process a device (DDP)."
     )
+
+
+def test_fsdp1(make, monkeypatch):
+    init = trl.DistillationTrainer.__init__
+
+    def sharded(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(trl.DistillationTrainer, "__init__", sharded)
+    with pytest.raises(ConfigError, match=r"This is FSDP1, and in .* Use FSDP2"):
+        make()
 
 
 # Options.

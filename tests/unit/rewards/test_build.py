@@ -74,6 +74,16 @@ def test_an_async_function_stays_async():
             RewardError,
             r"no argument 'raeder'. Its signature: reasoning_gym\(completions",
         ),
+        (
+            {"name": "reasoning_gym", "timeuot": 3},
+            RewardError,
+            "also takes isolated, and with isolated: true timeout and failure_reward",
+        ),
+        (
+            {"name": "regex_match", "pattern": "a", "isolated": True, "timeuot": 3},
+            RewardError,
+            "'timeuot'.*also takes isolated, and with isolated: true timeout and failure_reward",
+        ),
         (f"{HERE}:at_most", RewardError, r"missing a required argument: 'limit'. .*at_most\(limit"),
         ({"name": f"{HERE}:at_most", "most": 2}, RewardError, r"given \(most: 2\).*at_most\(limit"),
         (f"{HERE}:makes_nothing", RewardError, r"makes_nothing\(\), and gave None"),

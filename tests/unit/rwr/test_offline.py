@@ -200,7 +200,7 @@ def test_token_ids_of_another_tokenizer(make, ids):
         row | {"prompt_ids": [1], "completion_ids": [*ids_of(row["completion"]), 6]}
         for row in logged()
     ]
-    with pytest.raises(DataError, match=r"row 0: .* 6 is out of the vocabulary of the model"):
+    with pytest.raises(DataError, match=r"row 0 .*: .* 6 is out of the vocabulary of the model"):
         make(beyond)
 
 
@@ -217,7 +217,7 @@ def test_an_id_that_no_embedding_has_is_found_wherever_it_is(make, kind):
         "evaluation": lambda: make(rows).evaluate(Dataset.from_list(wrong)),
     }[kind]
     last = len(rows) - 1
-    with pytest.raises(DataError, match=rf"row {last}: completion_ids is .6.\. 6 is out of"):
+    with pytest.raises(DataError, match=rf"row {last} .*: completion_ids is .6.\. 6 is out of"):
         given()
 
 
@@ -324,10 +324,10 @@ def rows_of(**rewards: list[float]) -> list[dict]:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({}, "1.64 effective samples a group on average; 33.3% of groups are uniform, left out."),
+        ({}, "1.64 of 2 effective samples a group; 33.3% of groups are uniform, left out."),
         (
             {"drop_uniform_groups": False},
-            "1.76 effective samples a group on average; 33.3% of groups are uniform.",
+            "1.76 of 2 effective samples a group; 33.3% of groups are uniform.",
         ),
     ],
 )
@@ -344,8 +344,7 @@ def test_what_the_weights_of_all_rows_are_like_is_said(make, caplog):
 def test_with_infinite_beta_no_group_is_said_to_be_left_out(make, caplog):
     make(rows_of(a=[0.0, 2.0], c=[3.0, 3.0]), beta=math.inf)
     assert (
-        "Weights with beta = inf: 2 effective samples a group on average; 50.0% of groups are "
-        "uniform."
+        "Weights with beta = inf: 2 of 2 effective samples a group; 50.0% of groups are uniform."
     ) in caplog.messages
 
 
@@ -353,7 +352,7 @@ def test_a_beta_that_was_raised_is_said(make, caplog):
     """(1 + t)² = 1.9(1 + t²) for t = exp(−1/β): 0.9t² − 2t + 0.9 = 0, t = (2 − √0.76)/1.8."""
     make(rows_of(b=[0.0, 1.0]), beta=0.5, min_effective_sample_size=1.9)
     beta = -1 / math.log((2 - math.sqrt(0.76)) / 1.8)
-    says = f"Weights with beta = {beta:.4g}, raised from 0.5 by min_effective_sample_size: 1.9 eff"
+    says = f"Weights with beta = {beta:.4g}, raised from 0.5 by min_effective_sample_size: 1.9 of"
     assert any(message.startswith(says) for message in caplog.messages)
 
 

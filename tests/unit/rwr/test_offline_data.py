@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -207,10 +208,10 @@ def test_a_reward_that_fails_names_the_row(read):
 
     with pytest.raises(RewardError, match=r"'broken' raised ZeroDivisionError.*completion 'b'"):
         read(UNSCORED, broken)
-    with pytest.raises(DataError, match="row 1: no reward applies"):
+    with pytest.raises(DataError, match=r"row 1 \(counted from 0\): no reward applies"):
         read(UNSCORED, reward_answer)
     lists = [{"prompt": "a", "completions": ["b", "c"], "answer": answer} for answer in ("x", None)]
-    with pytest.raises(DataError, match="row 1, completion 0: no reward applies"):
+    with pytest.raises(DataError, match=r"row 1, completion 0 \(.*\): no reward applies"):
         read(lists, reward_answer)
     with pytest.raises(ConfigError, match="2 numbers for 1 rewards"):
         read(UNSCORED, reward_length, reward_weights=[1.0, 2.0])
@@ -228,13 +229,16 @@ IDS = {"prompt_ids": [1], "completion_ids": [2]}
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        (changed(2, reward=None), "row 2: reward is missing .None.. It must be a finite number"),
+        (
+            changed(2, reward=None),
+            "row 2: reward is None .missing, or a nan that.* It must be a",
+        ),
         (changed(1, reward=math.nan), "row 1: reward is nan. It must be finite"),
         (changed(1, reward=math.inf), "row 1: reward is inf. It must be finite"),
         ([row | {"reward": "1.0"} for row in ROWS], "row 0: reward is '1.0'"),
         ([row | {"reward": True} for row in ROWS], "row 0: reward is True"),
-        (changed(3, completion=None), "row 3: completion is missing .None.. It must be a text"),
-        (changed(3, prompt=None), "row 3: prompt is missing"),
+        (changed(3, completion=None), "row 3: completion is None .*. It must be a text"),
+        (changed(3, prompt=None), "row 3: prompt is None"),
         ([row | {"completion": 5} for row in ROWS], "row 0: completion is 5"),
         (
             [row | {"prompt": [{"role": "user", "content": "a"}]} for row in ROWS],
@@ -245,7 +249,7 @@ IDS = {"prompt_ids": [1], "completion_ids": [2]}
         ([row | {"group": 0.5} for row in ROWS], "row 0: group is 0.5. It must be a text or"),
         (
             [row | {"group": None if at == 1 else 1} for at, row in enumerate(ROWS)],
-            "row 1: group is missing",
+            "row 1: group is None",
         ),
         ([row | IDS | {"completion_ids": []} for row in ROWS], "row 0: .* at least one token"),
         ([row | IDS | {"prompt_ids": [-1]} for row in ROWS], "row 0: prompt_ids is .-1."),
@@ -269,7 +273,7 @@ IDS = {"prompt_ids": [1], "completion_ids": [2]}
             "the columns 'reward' and completions",
         ),
         ([{"prompt": "a", "completion": "b"}], "no column 'reward'.* or reward_funcs"),
-        ([ROWS[0] | {"reward": None}, ROWS[1]], "row 0: reward is missing.* Leave such rows out"),
+        ([ROWS[0] | {"reward": None}, ROWS[1]], "row 0: reward is None.* Leave such rows out"),
         ([ROWS[0] | {"reward": True}], "row 0: reward is True.* Write 1 for True"),
         ([ROWS[0] | {"reward": "1.0"}], "row 0: reward is '1.0'.* not as texts"),
         ([{"prompt": "a", "completion": "b", "Reward": 1.0}], "mean to rename 'Reward'"),
@@ -277,9 +281,9 @@ IDS = {"prompt_ids": [1], "completion_ids": [2]}
         ([{"prompt": "a", "response": "b", "reward": 1.0}], "mean to rename 'response'"),
         (
             [LISTS, LISTS | {"rewards": [1.0, None]}],
-            "row 1, completion 1: reward is missing",
+            "row 1, completion 1: reward is None",
         ),
-        ([LISTS | {"completions": ["b", None]}], "row 0, completion 1: completion is missing"),
+        ([LISTS | {"completions": ["b", None]}], "row 0, completion 1: completion is None"),
         (
             [{"prompt": "a", "completions": ["b", "c"], "reward": [1.0, 0.0]}],
             "the columns 'reward' and completions: .*, which are completions, rewards, logps",
@@ -296,8 +300,11 @@ IDS = {"prompt_ids": [1], "completion_ids": [2]}
 )
 def test_what_has_no_place(read, rows, says):
     for dataset in (Dataset.from_list(rows), stream(rows)):
-        with pytest.raises(DataError, match=says):
+        with pytest.raises(DataError) as error:
             read(dataset)
+        message = str(error.value).replace(" (counted from 0): ", ": ")
+        assert re.search(says, message, re.DOTALL), message
+        assert ("counted from 0" in str(error.value)) == bool(re.search(r", row \d", message))
 
 
 def test_texts_that_are_not_utf_8(read, tmp_path):
@@ -317,7 +324,7 @@ def test_a_list_without_entries_gives_no_row(read):
 @pytest.mark.parametrize("name", ["logp", "ref_logp"])
 def test_log_probabilities_are_checked(read, name):
     rows = [row | {"logp": -1.0, "ref_logp": -1.0} | {name: 0.5} for row in ROWS]
-    with pytest.raises(DataError, match=f"row 0: {name} is 0.5. A log-prob.* at most 0"):
+    with pytest.raises(DataError, match=rf"row 0 \(.*\): {name} is 0.5. A log-prob.* at most 0"):
         read(rows, importance_weights=True)
     with pytest.raises(ConfigError, match="importance_weights reads the column 'logp'"):
         read(ROWS, importance_weights=True)

@@ -143,7 +143,10 @@ def test_completions_that_no_reward_scores_do_not_dilute_the_optimism(make):
         ({"beta": math.nan}, "beta=nan must be between 0"),
         ({"beta": 1e-40}, "beta=1e-40 is so small .* at least 1e-15; beta=0 is its limit"),
         ({"scale_rewards": "none"}, "the scale is what beta sets"),
-        ({"vllm_importance_sampling_clip_max": 5.0}, "it corrects TRL.s surrogate"),
+        (
+            {"use_vllm": True, "vllm_importance_sampling_mode": "token_truncate"},
+            "a weight belongs to a whole completion. Use sequence_mask or",
+        ),
     ],
 )
 def test_bad_options(tmp_path, options, says):
