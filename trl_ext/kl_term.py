@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from trl_ext.errors import ConfigError
 from trl_ext.functional import masked_sum, next_values, reward_to_go
 from trl_ext.kl_penalty import KLController, group_centred, penalty_of
 from trl_ext.kl_rules import OVER_THE_VOCABULARY
+from trl_ext.packing import backbone_states
 from trl_ext.policy_config import PolicyConfig
 from trl_ext.rollout import Rollout, generated, whole
 from trl_ext.vocabulary_kl import (
@@ -45,6 +47,7 @@ class KLTerm:
             args.kl_controller, args.beta, args.kl_target, args.kl_horizon
         )
         self._heard: list[float] = []
+        self._summed = 0.0  # of the passes since it was last logged
 
     @property
     def beta(self) -> float:
@@ -89,13 +92,23 @@ class KLTerm:
             return hidden_states_of(self.trainer.causal_lm)
         return nullcontext([])
 
-    def per_token(self, logps: Tensor, inputs: Any, passes: list[Tensor]) -> Tensor | None:
+    def per_token(
+        self,
+        logps: Tensor,
+        inputs: Any,
+        passes: list[Tensor],
+        rows: int | None = None,
+        *,
+        is_last: bool = True,
+    ) -> Tensor | None:
         """(B, T) β's factor in the loss, with gradient if it enters there; logged as `kl/sequence`.
 
         Args:
             logps: (B, T) log π, nats, with gradient.
             inputs: the micro-batch.
-            passes: what `watching` collected in the forward pass of the loss.
+            passes: (B, T+1, H) of what `watching` collected in the forward pass of the loss.
+            rows: of this pass and those before that were not the last. None: of this one.
+            is_last: of the passes whose mean is logged.
 
         Returns:
             None where no reference was scored.
@@ -105,12 +118,12 @@ class KLTerm:
             _refuse_images(inputs)
             hidden = passes[-1] if in_loss else passes[-1].detach()
             each = self._over_vocabulary(hidden, *whole(inputs), generated(inputs))
-            self._hear(each, inputs)
+            self._hear(each, inputs, rows, is_last)
             return each
         reference = inputs.get("ref_per_token_logps")
         if self._penalty is None or reference is None:
             return None
-        self._hear(self._penalty.value(logps.detach(), reference), inputs)
+        self._hear(self._penalty.value(logps.detach(), reference), inputs, rows, is_last)
         if not in_loss:
             return None
         return self._penalty.in_loss(logps, reference, inputs.get("old_per_token_logps"))
@@ -131,6 +144,7 @@ class KLTerm:
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state` gave."""
         self._controller.beta, self._heard = state["beta"], state["heard"]
+        self._summed = 0.0
 
     def _check_model(self) -> None:
         """Virtual tokens stand before what a backbone is given: its states would be others.
@@ -145,9 +159,13 @@ class KLTerm:
                 "prompt tuning. Use k1, k2 or k3, or LoRA."
             )
 
-    def _hear(self, per_token: Tensor, inputs: Any) -> None:
+    def _hear(self, per_token: Tensor, inputs: Any, rows: int | None, is_last: bool) -> None:
         per_completion = masked_sum(per_token.detach(), generated(inputs))
-        kl = self.trainer.accelerator.gather(per_completion).mean().item()
+        of_all = self.trainer.accelerator.gather(per_completion)
+        self._summed += of_all.sum().item()
+        if not is_last:
+            return
+        kl, self._summed = self._summed / (rows or len(of_all)), 0.0
         self.trainer.log_metric("kl/sequence", kl)
         if self.trainer.model.training and self._controller.kind != "constant":
             self._heard.append(kl)
@@ -155,22 +173,14 @@ class KLTerm:
     def _over_vocabulary_of_rollout(self, rollout: Rollout) -> Tensor:
         self._check_model()
         _refuse_images(rollout.batch)
-        parts = zip(
-            *(
-                each.split(self.args.per_device_train_batch_size)
-                for each in (*whole(rollout.batch), rollout.mask)
-            ),
-            strict=True,
-        )
+        model, size = self.trainer.causal_lm, self.args.per_device_train_batch_size
+        columns = (each.split(size) for each in (*whole(rollout.batch), rollout.mask))
+        found = []
         with torch.no_grad():
-            return torch.cat(
-                [
-                    self._over_vocabulary(
-                        self._hidden(self.trainer.causal_lm, ids, attended), ids, attended, mask
-                    )
-                    for ids, attended, mask in parts
-                ]
-            )
+            for ids, attended, mask in zip(*columns, strict=True):
+                hidden = self._hidden(model, ids, attended, mask.size(1))
+                found.append(self._over_vocabulary(hidden, ids, attended, mask))
+        return torch.cat(found)
 
     def _over_vocabulary(
         self, hidden: Tensor, ids: Tensor, attended: Tensor, mask: Tensor
@@ -178,21 +188,21 @@ class KLTerm:
         """(b, T) KL of the next token at each prefix, nats, with hidden's gradient.
 
         Args:
-            hidden: (b, S, H) of the policy.
+            hidden: (b, T+1, H) of the policy.
             ids, attended: (b, S) what it read.
             mask: (b, T) of the completion's tokens.
         """
         with torch.no_grad(), self._reference() as reference:
-            ref_hidden, ref_head = self._hidden(reference, ids, attended), Head.of(reference)
+            ref_hidden = self._hidden(reference, ids, attended, mask.size(1))
+            ref_head = Head.of(reference)
         of_hidden = exact_kl_of_hidden
         if self.args.kl_estimator == "topk":
             of_hidden = partial(topk_kl_of_hidden, k=self.args.kl_topk)
-        before = slice(-mask.size(1) - 1, -1)  # the states that predict the completion's tokens
         with self.trainer.accelerator.autocast():  # as the model was projected
             kl = of_hidden(
-                hidden[:, before],
+                hidden[:, :-1],
                 Head.of(self.trainer.causal_lm),
-                ref_hidden[:, before],
+                ref_hidden[:, :-1],
                 ref_head,
                 temperature=self.trainer.temperature,
                 mask=mask,
@@ -200,16 +210,26 @@ class KLTerm:
         limit = self.args.kl_clamp
         return kl if limit is None else kl.clamp(-limit, limit)
 
-    def _hidden(self, model: PreTrainedModel, ids: Tensor, attended: Tensor) -> Tensor:
-        read: Any = model.base_model
+    def _hidden(self, model: PreTrainedModel, ids: Tensor, attended: Tensor, kept: int) -> Tensor:
+        args = self.args
+        is_split = self.trainer.is_fsdp_enabled
         with self.trainer.accelerator.autocast():
-            if not self.trainer.is_fsdp_enabled:
-                return read(ids, attention_mask=attended, use_cache=False).last_hidden_state
-            # What FSDP2 has split up it gathers for the forward pass of the whole.
-            read = self.trainer.model if model is self.trainer.causal_lm else model
-            with hidden_states_of(model) as passes:
-                read(ids, attention_mask=attended, use_cache=False, logits_to_keep=1)
-            return passes[0]
+            return backbone_states(
+                partial(self._through_root, model) if is_split else model.base_model,
+                model,
+                ids,
+                attended,
+                kept,
+                trim_padding=args.trim_padding,
+                share_prompts=args.share_prompts,
+            )
+
+    def _through_root(self, model: PreTrainedModel, **inputs: Any) -> SimpleNamespace:
+        """What the backbone gives; FSDP2 gathers its parts for the forward pass of the whole."""
+        root: Any = self.trainer.model if model is self.trainer.causal_lm else model
+        with hidden_states_of(model) as passes:
+            root(**inputs, logits_to_keep=1)
+        return SimpleNamespace(last_hidden_state=passes[0])
 
     @contextmanager
     def _reference(self):

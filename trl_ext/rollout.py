@@ -49,6 +49,9 @@ class Rollout:
 class MicroBatch:
     """What a loss is computed from: B rows of a rollout, T completion tokens.
 
+    Which rows, and how many, differs from pass to pass: those that carry signal, of an optimizer
+    step, in parts of about as many tokens.
+
     Attributes:
         per_token_logps: (B, T) log π of the sampled tokens, nats, with gradient.
         mask: (B, T), 1 = a token that the policy generated.

@@ -30,7 +30,7 @@ FLOORS = (
     ("tasks", "metrics"),
     ("bundled",),
     ("rewards",),
-    ("vocabulary_kl",),
+    ("vocabulary_kl", "packing"),
     ("models",),
     ("policy_config", "rollout"),
     ("kl_term", "watch"),

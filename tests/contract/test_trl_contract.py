@@ -45,6 +45,7 @@ SIGNATURES = {
         "image_position_ids",
     ),
     (GRPOTrainer, "_get_train_sampler"): ("dataset",),
+    (GRPOTrainer, "_prepare_inputs"): ("generation_batch",),
     (Trainer, "_init_training_state"): (
         "max_steps",
         "num_update_steps_per_epoch",

@@ -182,7 +182,7 @@ class SmallCardConfig(PPOConfig):
 
 class SmallCardTrainer(PPOTrainer):
     def policy_loss(self, micro_batch):
-        if len(micro_batch.mask) > 4 and self.state.global_step >= 1:
+        if self.args.per_device_train_batch_size > 4 and self.state.global_step >= 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         return super().policy_loss(micro_batch)
 """
@@ -199,6 +199,9 @@ def test_a_run_that_outgrows_the_card_goes_on_in_smaller_parts_to_the_same_end(
         "kl_controller=adaptive",
         "kl_target=0.5",
         "per_device_eval_batch_size=8",
+        # So that the rows of a pass are those of the batch size, and not those of so many tokens.
+        "trim_padding=false",
+        "skip_zero_credit=false",
     )
     where = {"SIGNAL": "0", "PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "OMP_NUM_THREADS": "1"}
     code, _, err = run("train", recipe, "trainer=ppo", "output_dir=large", *settings, **where)

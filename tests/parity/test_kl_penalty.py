@@ -80,8 +80,8 @@ def test_our_path_is_trls(
 
 @pytest.mark.parametrize("corrected", [True, False])
 def test_at_trls_setting_it_is_trl_exactly(model_path, tmp_path, corrected):
-    allowed = {"allow_biased_kl": not corrected}
-    theirs, ours = both(model_path, tmp_path, corrected, allowed)
+    options = {"allow_biased_kl": not corrected, "trim_padding": False, "skip_zero_credit": False}
+    theirs, ours = both(model_path, tmp_path, corrected, options)
     assert ours[0] == theirs[0]
     assert all(torch.equal(ours[1][name], theirs[1][name]) for name in theirs[1])
 

@@ -106,7 +106,7 @@ def main(name: str, model: str, output: str, accumulation: int, group: int) -> N
         rollout_func=rollout,
         peft_config=lora,
     )
-    assert trainer.args.reward_timeout == (60.0 if processes > 1 else None)
+    assert trainer.args.reward_timeout == (45.0 if processes > 1 else None)
     trainer.train()
     critic = trainer.critic.named_parameters() if isinstance(trainer, PPOTrainer) else ()
     leave(trainer, output, {f"critic.{name}": p.detach() for name, p in critic})

@@ -62,6 +62,8 @@ _TRAINING = (
     "load_best_model_at_end",
     "log_completions",
     "log_completions_hub_repo",
+    "max_sampling_rounds",
+    "min_mixed_groups",
     "num_train_epochs",
     "push_to_hub",
     "steps_per_generation",

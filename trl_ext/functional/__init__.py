@@ -36,7 +36,7 @@ from trl_ext.functional.gibbs import (
     weight_entropy,
 )
 from trl_ext.functional.kl import exact_forward_kl, exact_kl, k1, k2, k3, topk_kl
-from trl_ext.functional.masking import masked_mean, masked_moments, masked_sum
+from trl_ext.functional.masking import all_equal, masked_mean, masked_moments, masked_sum
 from trl_ext.functional.monte_carlo import (
     log_mean_exp_standard_error,
     standard_error_is_believed,
@@ -63,6 +63,7 @@ __all__ = [
     "Reliability",
     "TokenAggregation",
     "aggregate_tokens",
+    "all_equal",
     "baseline",
     "best_of_n_accuracy",
     "brier",

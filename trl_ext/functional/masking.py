@@ -65,3 +65,20 @@ def masked_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     flat, keep = at_least_float32(values).flatten(), mask.expand_as(values).flatten()
     mean = masked_mean(flat, keep)
     return mean, masked_mean((flat - mean).square(), keep).sqrt()
+
+
+def all_equal(values: Tensor, mask: Tensor, dim: int = -1) -> Tensor:
+    """Whether max = min over kept entries. What is masked out may be NaN or inf.
+
+    Source: definition.
+
+    Args:
+        values: (…, N, …), any floating dtype.
+        mask: of the same shape, 1 or True = keep.
+        dim: the axis compared over.
+
+    Returns:
+        bool, `values` without `dim`; True where one entry or none is kept.
+    """
+    highest = torch.where(mask.bool(), values, -torch.inf).amax(dim)
+    return highest <= torch.where(mask.bool(), values, torch.inf).amin(dim)

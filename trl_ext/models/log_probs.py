@@ -2,10 +2,12 @@
 
 A forward pass gives B·S·V logits, of which the log-probability of one token each is wanted. Here
 the backbone runs alone, and its head reads only the positions that predict a token asked for, a
-few at a time. Rows are padded on the right, where padding moves nothing.
+few at a time. Rows are packed, a prompt once for all of its completions, where the model is known
+to give the same so (`trl_ext.packing`); else padded on the right, where padding moves nothing.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from trl_ext.errors import ConfigError
 from trl_ext.functional.masking import at_least_float32
-from trl_ext.models.adapter import Causal, device_of, inner_model, reading
+from trl_ext.models.adapter import Causal, device_of, inner_model, reading, wrapped_model
+from trl_ext.packing import Packed, PackedTokens, RowSize, cut_at, packed_inputs, why_not_packed
 from trl_ext.vocabulary_kl import Head, is_readable, logits_of
 
 TokenIds = Sequence[Sequence[int]]
@@ -36,12 +39,13 @@ def token_log_probs(
 ) -> list[Tensor]:
     """log p(y_t | x, y_<t) of each token of each completion, nats. Equation E13.
 
-    Rows of like length are scored together; the model is in evaluation mode meanwhile.
+    Rows of one prompt, or of like length, are scored together; the model is in evaluation mode
+    meanwhile.
 
     Args:
         model: a causal language model, or an adapter of one.
         prompt_ids, completion_ids: N rows; a prompt has one token or more.
-        max_tokens: of a batch, padding included; a longer row is a batch of its own.
+        max_tokens: of a batch, as it is run; a longer row is a batch of its own.
         temperature: the logits are divided by it.
 
     Returns:
@@ -52,9 +56,13 @@ def token_log_probs(
     """
     check_rows(model, prompt_ids, completion_ids)
     scores = [torch.zeros(0) for _ in completion_ids]
+    keep = [len(ids) > 0 for ids in completion_ids]
     lengths = [len(x) + len(y) for x, y in zip(prompt_ids, completion_ids, strict=True)]
+    of_batch = partial(batches_of, lengths)
+    if why_not_packed(wrapped_model(model)) is None:
+        of_batch = partial(packed_batches_of, prompt_ids, completion_ids)
     with reading(model):
-        for rows in batches_of(lengths, [len(ids) > 0 for ids in completion_ids], max_tokens):
+        for rows in of_batch(keep, max_tokens):
             logps = batch_log_probs(
                 model,
                 [prompt_ids[row] for row in rows],
@@ -75,18 +83,39 @@ def batch_log_probs(
     The model runs in the mode and with the adapter that it is in.
     """
     device = device_of(model)
+    inner = inner_model(model)
+    backbone = inner.base_model
+    packed = _packed(model, prompt_ids, completion_ids)
+    if packed is not None:
+        states = backbone(**packed_inputs(packed), use_cache=False).last_hidden_state[0]
+        targets = packed.labels[0][packed.places[packed.mask]]
+        return _of_hidden(inner, states[packed.places[packed.mask]], targets, temperature)
     ids, mask, predicted = _right_padded(prompt_ids, completion_ids)
     ids, mask, predicted = ids.to(device), mask.to(device), predicted.to(device)
     inputs: dict[str, Any] = {"input_ids": ids}
     if not mask.all():
         inputs["attention_mask"] = mask
-    inner = inner_model(model)
-    backbone = inner.base_model
     if backbone is inner:  # nothing below the logits, as in a product of models
         logits = inner(**inputs, use_cache=False).logits[:, :-1][predicted]
         return _chosen(at_least_float32(logits) / temperature, ids[:, 1:][predicted])
     hidden = backbone(**inputs, use_cache=False).last_hidden_state
     return _of_hidden(inner, hidden[:, :-1][predicted], ids[:, 1:][predicted], temperature)
+
+
+def _packed(model: Causal, prompt_ids: TokenIds, completion_ids: TokenIds) -> Packed | None:
+    """The rows packed; None where the model cannot be run so."""
+    if why_not_packed(wrapped_model(model)) is not None:
+        return None
+    left, kept = (max(map(len, each)) for each in (prompt_ids, completion_ids))
+    if not kept:
+        return None
+    ids = torch.zeros(len(prompt_ids), left + kept, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
+        own = slice(left - len(prompt), left + len(completion))
+        ids[row, own], mask[row, own] = torch.tensor([*prompt, *completion]), 1
+    device = device_of(model)
+    return Packed.of(ids.to(device), mask.to(device), kept)
 
 
 def _of_hidden(model: Any, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -148,6 +177,20 @@ def batches_of(lengths: Sequence[int], keep: Sequence[bool], max_tokens: int) ->
         else:
             batches.append([row])
     return batches
+
+
+def packed_batches_of(
+    prompt_ids: TokenIds, completion_ids: TokenIds, keep: Sequence[bool], max_tokens: int
+) -> list[list[int]]:
+    """As `batches_of` without padding: those of a prompt one after the other, the prompt once."""
+    numbers: dict[tuple[int, ...], int] = {}
+    prompt_of = [numbers.setdefault(tuple(ids), len(numbers)) for ids in prompt_ids]
+    rows = sorted((row for row, kept in enumerate(keep) if kept), key=lambda row: prompt_of[row])
+    sizes = [
+        RowSize(len(completion_ids[row]), len(prompt_ids[row]) - 1, prompt_of[row]) for row in rows
+    ]
+    each = iter(rows)
+    return [[next(each) for _ in range(count)] for count in cut_at(max_tokens, sizes, PackedTokens)]
 
 
 def check_rows(model: Causal, prompt_ids: TokenIds, completion_ids: TokenIds) -> None:

@@ -15,6 +15,7 @@ from trl_ext.kl_rules import (
     kl_findings,
 )
 from trl_ext.policy_config.process import ProcessOptions
+from trl_ext.policy_config.signal import SignalOptions
 from trl_ext.registry import KL_ESTIMATORS, REWARDS
 from trl_ext.rewards.deadline import LONGEST_TIMEOUT, default_timeout
 from trl_ext.watch_options import config_findings
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class PolicyConfig(ProcessOptions, TRLGRPOConfig):
+class PolicyConfig(ProcessOptions, SignalOptions, TRLGRPOConfig):
     """What every policy trainer here adds to `trl.GRPOConfig`.
 
     The KL options say how β·KL(π‖π_ref) of sequences is penalised; their defaults are what TRL
@@ -197,7 +198,8 @@ class PolicyConfig(ProcessOptions, TRLGRPOConfig):
         of_alpha = [f"  {n}: {why}" for n, why in alpha_findings(everything, self.all_refused())]
         of_process = self.process_findings(is_on=self.has_process_reward)
         of_watch = self._watch_findings()
-        return refused + of_kl_wrong + of_alpha + of_process + of_watch + self._bad_limits()
+        of_limits = self.signal_findings() + self._bad_limits()
+        return refused + of_kl_wrong + of_alpha + of_process + of_watch + of_limits
 
     def _watch_findings(self) -> list[str]:
         defaults = {option.name: option.default for option in fields(self)}

@@ -13,6 +13,7 @@ from trl_ext.errors import ConfigError, RunError
 from trl_ext.functional import clipped_surrogate, gae, k3, masked_moments, masked_sum, value_loss
 from trl_ext.kl_penalty import KLController
 from trl_ext.models.adapter import keep_nf4_gradients_on_cpu
+from trl_ext.packing import backbone_states
 from trl_ext.policy_config import PolicyConfig
 from trl_ext.ppo.beginning import make_critic
 from trl_ext.ppo.config import PPOConfig
@@ -240,13 +241,21 @@ class PPOTrainer(PolicyTrainer):
                 f"critic={self.args.critic!r} reads text alone, and these prompts have images. Use "
                 "critic='head', which reads the policy's own states."
             )
+        args, backbone = self.args, self.critic.backbone
         ids, mask = whole(batch)
+        states = partial(
+            backbone_states,
+            backbone,
+            backbone,
+            kept=batch["completion_ids"].size(1),
+            trim_padding=args.trim_padding,
+            share_prompts=args.share_prompts,
+        )
         self.critic.train(torch.is_grad_enabled())
-        rows = self.args.per_device_train_batch_size
+        rows = args.per_device_train_batch_size
         with self.accelerator.autocast():
             parts = zip(ids.split(rows), mask.split(rows), strict=True)
-            values = torch.cat([self.critic(i, m) for i, m in parts])
-        return values[:, -batch["completion_ids"].size(1) - 1 :]
+            return torch.cat([self.critic.of_hidden(states(i, m)) for i, m in parts])
 
     def _cut_off(self, rollout: Rollout) -> Tensor:
         """(B,) bool: completions whose end is bootstrapped, as they did not come to one."""

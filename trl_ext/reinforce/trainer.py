@@ -1,7 +1,8 @@
 """REINFORCE on top of TRL's generation, reward and logging machinery."""
 
+from collections.abc import Mapping
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -54,6 +55,10 @@ class ReinforceTrainer(PolicyTrainer):
         rollout.batch["token_rewards"] = rewards * keep
         rollout.batch["baseline"] = compared_with[:, : keep.size(1)] * keep
         return (to_go - rollout.batch["baseline"]) * keep
+
+    def needs_every_row(self, batch: Mapping[str, Any]) -> bool:
+        # The weights of prefixes make another credit out of token rewards and baseline.
+        return self.args.off_policy_correction == "prefix" and "old_per_token_logps" in batch
 
     def policy_loss(self, micro_batch: MicroBatch) -> Tensor:
         credit = micro_batch.credit

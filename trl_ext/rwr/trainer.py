@@ -1,12 +1,13 @@
 """Online reward-weighted regression on top of TRL's generation, reward and logging machinery."""
 
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from trl_ext.functional import (
+    all_equal,
     effective_sample_size,
     gibbs_weights,
     k1,
@@ -70,11 +71,11 @@ class RWRTrainer(PolicyTrainer):
         keep = (
             self.over_groups(rollout.batch["completion_mask"].any(dim=1), rollout) & ~scores.isnan()
         )
-        uniform = _all_equal(scores, keep)
+        uniform = all_equal(scores, keep)
         if self.args.reference == "fixed":
             log_ratios = -self._sampler_log_ratio(rollout)
             scores, beta = target_log_weights(scores, log_ratios, beta), 1.0
-            uniform = _all_equal(scores, keep)
+            uniform = all_equal(scores, keep)
         elif "importance_sampling_ratio" in rollout.batch and beta > 0:
             # Samples of vLLM's μ, weighed as those of π: (B, 1), as TRL truncates or masks it.
             ratios = self.over_groups(rollout.batch["importance_sampling_ratio"], rollout)[..., 0]
@@ -85,6 +86,9 @@ class RWRTrainer(PolicyTrainer):
         if self.args.drop_uniform_groups:
             weights = weights.masked_fill(uniform.unsqueeze(1), 0.0)
         return rollout.local(weights)
+
+    def needs_every_row(self, batch: Mapping[str, Any]) -> bool:
+        return False
 
     def policy_loss(self, micro_batch: MicroBatch) -> Tensor:
         nll = weighted_nll(
@@ -113,10 +117,3 @@ class RWRTrainer(PolicyTrainer):
             self.log_metric("rwr/weight_entropy", weight_entropy(used).mean().item())
         if beta > 0:
             self.log_metric("rwr/log_z", log_mean_exp(scores, beta, mask=keep).nanmean().item())
-
-
-def _all_equal(scores_PG: Tensor, keep_PG: Tensor) -> Tensor:
-    """(P,) bool: whether the kept scores of a group are all the same; true of one or none."""
-    highest = torch.where(keep_PG, scores_PG, -torch.inf).amax(dim=1)
-    lowest = torch.where(keep_PG, scores_PG, torch.inf).amin(dim=1)
-    return highest <= lowest

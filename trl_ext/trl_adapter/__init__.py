@@ -2,7 +2,8 @@
 
 `PolicyTrainer` post-processes what `trl.GRPOTrainer` computes and copies none of it. It is made in
 layers, a file each: `hooks` (what an algorithm overrides), `passes` (log-probabilities), `rollouts`
-(completions, rewards, credit), `evaluation`, `loss`, `checkpoints`, and `trainer` on top.
+(completions, rewards, credit), `redraw` (other prompts for groups without signal), `evaluation`,
+`micro_batches`, `loss`, `checkpoints`, and `trainer` on top.
 """
 
 from trl_ext.trl_adapter.checkpoints import end_training, load_checkpoint, load_weights

@@ -10,10 +10,10 @@ from torch import Tensor
 from trl_ext.errors import ConfigError, RewardError
 from trl_ext.rewards.columns import asked_of_trainer, show_policy, with_columns
 from trl_ext.rewards.guard import guarded_all, is_async
-from trl_ext.trl_adapter.rollouts import Rollouts
+from trl_ext.trl_adapter.redraw import Redraw
 
 
-class Evaluation(Rollouts):
+class Evaluation(Redraw):
     """Keeps the rewards of an evaluation by prompt, and takes rewards that are only watched."""
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """What an algorithm overrides, and what its hooks call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer as TRLGRPOTrainer
 
 from trl_ext.kl_term import KLTerm
+from trl_ext.packing import rescales_with_length, why_not_packed
 from trl_ext.policy_config import PolicyConfig
 from trl_ext.rollout import MicroBatch, Rollout
 
@@ -48,6 +49,14 @@ class Hooks(TRLGRPOTrainer):
     def reads_ref_logps(self) -> bool:
         """Whether `ref_per_token_logps` is wanted beside a KL over the vocabulary."""
         return False
+
+    def needs_every_row(self, batch: Mapping[str, Any]) -> bool:
+        """Whether a completion with credit 0 may have a gradient in `policy_loss`. TRL's has none.
+
+        Args:
+            batch: tensors of the rollout, as of a `MicroBatch`.
+        """
+        return self._replaces_loss
 
     def score_completions(self, score_once: Callable[[], Tensor]) -> Tensor:
         """Rewards (P·G, number of reward functions) over all processes, NaN for not applicable."""
@@ -153,6 +162,23 @@ class Hooks(TRLGRPOTrainer):
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, event):
                 getattr(callback, event)(self.args, self.state, self.control, trainer=self, **given)
+
+    @property
+    def packs(self) -> bool:
+        """Whether the policy's rows are run packed (`trl_ext.packing`)."""
+        return self._trims and why_not_packed(self.model) is None
+
+    @property
+    def _trims(self) -> bool:
+        """Whether rows are run without padding, be it that of all rows of a pass alone."""
+        # A compiled model is compiled anew for each shape.
+        is_wanted = self.args.trim_padding and not self.args.torch_compile
+        return is_wanted and not rescales_with_length(self.model)
+
+    @property
+    def _keeps_last(self) -> bool:
+        """Whether packed passes run the last token of each completion too, for its state."""
+        return self.read_hidden is not None or self.kl.over_vocabulary
 
     @property
     def _accumulated(self) -> int:

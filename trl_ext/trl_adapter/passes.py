@@ -8,12 +8,13 @@ from torch import Tensor
 from trl.trainer.utils import use_adapter
 
 from trl_ext.functional import k1, masked_sum
+from trl_ext.packing import PackedPass, TrimmedPass, scoring_pass
 from trl_ext.rollout import Rollout, whole
 from trl_ext.trl_adapter.hooks import Hooks
 from trl_ext.vocabulary_kl import hidden_states_of
 
 # What TRL's rollouts carry for models that read images, and its log-probability method takes.
-_MULTIMODAL_INPUTS = (
+MULTIMODAL_INPUTS = (
     "pixel_values",
     "image_grid_thw",
     "num_images",
@@ -34,6 +35,7 @@ class Passes(Hooks):
         # Log-probabilities and readout of each scoring pass since the last rollout or loss.
         self._scored: list[tuple[Tensor, Tensor | None]] = []
         self._sampled: Tensor | None = None
+        self._latest: TrimmedPass | PackedPass | None = None
         self._shown_ref_logps: Tensor | None = None
         self._begins_as_base = kwargs.get("peft_config") is not None
         super().__init__(*args, **kwargs)
@@ -97,22 +99,59 @@ class Passes(Hooks):
                 *whole(batch),
                 batch["completion_ids"].size(1),
                 batch_size=self.args.per_device_train_batch_size,
-                **{name: batch[name] for name in _MULTIMODAL_INPUTS if name in batch},
+                **{name: batch[name] for name in MULTIMODAL_INPUTS if name in batch},
             )[0]
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
     ):
         self.phase = "train" if torch.is_grad_enabled() else "score"
-        score = partial(super()._get_per_token_logps_and_entropies, model, input_ids)
-        if self.read_hidden is None or model is self.ref_model:
-            result, readout = score(attention_mask, logits_to_keep, *args, **kwargs), None
+        reads = self.read_hidden is not None and model is not self.ref_model
+        stand_in = self._stand_in(model, logits_to_keep, kwargs, reads=reads)
+        score = partial(
+            super()._get_per_token_logps_and_entropies,
+            stand_in or model,
+            input_ids,
+            attention_mask,
+            logits_to_keep,
+        )
+        if not reads:
+            result, readout = score(*args, **kwargs), None
         else:
             with hidden_states_of(self.causal_lm) as passes:
-                result = score(attention_mask, logits_to_keep, *args, **kwargs)
-            readout = torch.cat([self.read_hidden(h[:, -logits_to_keep - 1 :]) for h in passes])
+                result = score(*args, **kwargs)
+            read: Any = self.read_hidden
+            readout = torch.cat([read(each) for each in self._states(passes, logits_to_keep)])
         self._scored.append((result[0], readout))
         return result
+
+    def _stand_in(
+        self, model: Any, kept: int, options: dict[str, Any], *, reads: bool
+    ) -> TrimmedPass | PackedPass | None:
+        """What runs the rows without padding; None where TRL is to do it."""
+        self._latest = None
+        as_trl = options.get("compute_aux_loss")
+        has_images = any(options.get(name) is not None for name in MULTIMODAL_INPUTS)
+        if self._trims and not as_trl and not has_images:
+            self._latest = scoring_pass(
+                model,
+                self.accelerator.unwrap_model(model),
+                kept,
+                share_prompts=self.args.share_prompts,
+                keeps_last=reads or self.kl.over_vocabulary,
+            )
+        return self._latest
+
+    def _states(self, passes: list[Tensor], kept: int) -> list[Tensor]:
+        """(b, T+1, H) that predict the tokens 0..T-1 and what would follow, of the latest passes.
+
+        Args:
+            passes: the backbone's hidden states in each.
+            kept: T.
+        """
+        if self._latest is None:
+            return [hidden[:, -kept - 1 :] for hidden in passes]
+        return [self._latest.states(call, hidden) for call, hidden in enumerate(passes)]
 
     def _forget_passes(self) -> None:
         self._scored, self._sampled, self._shown_ref_logps = [], None, None

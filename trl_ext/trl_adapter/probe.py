@@ -99,7 +99,8 @@ def probe(trainer: Trainer) -> Probe:
         batch = rows if is_policy else trainer.data_collator(rows)
         began = time.perf_counter()
         with _whole_completions(trainer) if is_policy else nullcontext():
-            running.training_step(running.model_wrapped, batch, _items(batch))
+            while not _has_gradient(trainer):  # a policy trainer may have no rows for some
+                running.training_step(running.model_wrapped, batch, _items(batch))
         for optimizer in _optimizers(trainer):
             _make_states(optimizer)
         seconds = time.perf_counter() - began
@@ -109,6 +110,11 @@ def probe(trainer: Trainer) -> Probe:
         return Probe(len(rows), longest, seconds, peak, None)
     total = torch.cuda.get_device_properties(trainer.args.device).total_memory
     return Probe(len(rows), longest, seconds, torch.cuda.max_memory_allocated(), total)
+
+
+def _has_gradient(trainer: Trainer) -> bool:
+    model: Any = trainer.model
+    return any(parameter.grad is not None for parameter in model.parameters())
 
 
 def _longest_prompts(trainer: PolicyTrainer) -> tuple[list[dict[str, Any]], int]:
@@ -154,8 +160,10 @@ def _items(batch: Any) -> Any:
 
 @contextmanager
 def _whole_completions(trainer: PolicyTrainer) -> Iterator[None]:
-    """No completion ends before `max_completion_length`."""
-    least = trainer.max_completion_length
+    """No completion ends before `max_completion_length`, or is left out for want of credit."""
+    least, args = trainer.max_completion_length, trainer.args
+    skips, args.skip_zero_credit = args.skip_zero_credit, False
+    mixed, args.min_mixed_groups = args.min_mixed_groups, None
     if trainer.use_vllm:
         vllm = trainer.vllm_generation
         kept, vllm.generation_kwargs = (
@@ -172,6 +180,7 @@ def _whole_completions(trainer: PolicyTrainer) -> Iterator[None]:
         trainer.generation_config.min_new_tokens = least
         yield
         trainer.generation_config = kept
+    args.skip_zero_credit, args.min_mixed_groups = skips, mixed
 
 
 # What trainers count and keep while they train.

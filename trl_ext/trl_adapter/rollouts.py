@@ -153,18 +153,17 @@ class Rollouts(Passes):
         assert not asked or self._shown_ref_logps is batch["ref_per_token_logps"]
         first = self.accelerator.process_index * len(inputs)
         local_rows = slice(first, first + len(inputs))
-        return Rollout(self._summed_rewards().view(-1, self.group_size), batch, local_rows)
+        assert self._rewards_per_func is not None
+        rewards_PG = self._summed(self._rewards_per_func).view(-1, self.group_size)
+        return Rollout(rewards_PG, batch, local_rows)
 
     def end_rollout(self) -> None:
         """Take no more steps on this rollout: parameters stay until the next one is generated."""
         self._rollout_is_spent = True
 
-    def _summed_rewards(self) -> Tensor:
-        assert self._rewards_per_func is not None
-        rewards = (
-            self._rewards_per_func * self.reward_weights.to(self._rewards_per_func.device)
-        ).nansum(dim=1)
-        return rewards.masked_fill(self._rewards_per_func.isnan().all(dim=1), torch.nan)
+    def _summed(self, rewards_per_func: Tensor) -> Tensor:
+        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
+        return rewards.masked_fill(rewards_per_func.isnan().all(dim=1), torch.nan)
 
     def _show_credit(self, credit: Tensor) -> None:
         """Put the credit where TRL's table of completions has group-normalised advantages.

@@ -20,6 +20,7 @@ from trl_ext.rewards.columns import asked_of_trainer, check_reference_can_be_had
 from trl_ext.rewards.guard import guarded_all
 from trl_ext.tasks.columns import check_datasets, check_size
 from trl_ext.trl_adapter.checkpoints import Checkpoints
+from trl_ext.trl_adapter.redraw import check_can_redraw
 from trl_ext.watch import RewardHackingWatch
 
 
@@ -64,6 +65,8 @@ class PolicyTrainer(Checkpoints):
             or bool(model.config._name_or_path)
         )
         reward_funcs = self._guarded(reward_funcs, args, has_reference)
+        tools = [trl_arguments.get(name) for name in ("tools", "environment_factory")]
+        check_can_redraw(args, train_dataset, reward_funcs, any(tools))
         data = train_dataset, eval_dataset
         with self._reference_only_if_used(args):
             super().__init__(model, reward_funcs, args, *data, *positional, **trl_arguments)

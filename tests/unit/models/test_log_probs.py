@@ -16,7 +16,12 @@ from transformers import (
 
 from trl_ext.errors import ConfigError
 from trl_ext.models.adapter import Adapter, reading
-from trl_ext.models.log_probs import batch_log_probs, batches_of, token_log_probs
+from trl_ext.models.log_probs import (
+    batch_log_probs,
+    batches_of,
+    packed_batches_of,
+    token_log_probs,
+)
 from trl_ext.vocabulary_kl import is_readable
 
 SMALL: dict[str, Any] = {
@@ -149,6 +154,31 @@ def test_rows_of_like_length_share_a_batch():
     assert batches_of(lengths, [True] * 5, 18) == [[1, 3], [4, 0, 2]]
     assert batches_of(lengths, [True, False, True, True, True], 4) == [[3], [4], [0], [2]]
     assert batches_of([], [], 4) == []
+
+
+def test_a_prompt_is_run_once_for_its_completions():
+    model, seen = llama(), []
+    model.model.register_forward_pre_hook(
+        lambda module, args, inputs: seen.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    prompts, completions = [[1, 2, 3], [4, 5], [1, 2, 3]], [[6, 7], [8], [9]]
+    together = token_log_probs(model, prompts, completions)
+    # A prompt of P tokens takes P - 1, a completion of T takes T.
+    assert seen == [2 + 1 + 2 + 1 + 1]
+    assert_same(
+        together,
+        [token_log_probs(model, [p], [c])[0] for p, c in zip(prompts, completions, strict=True)],
+    )
+
+
+def test_rows_of_a_prompt_share_a_batch():
+    prompts, completions = [[1, 2, 3], [4, 5], [1, 2, 3], [4, 5]], [[6, 7], [8], [9], []]
+    keep = [True, True, True, False]
+    # The first prompt takes 2 and its completions 2 + 1; the second 1 and 1.
+    assert packed_batches_of(prompts, completions, keep, 7) == [[0, 2, 1]]
+    assert packed_batches_of(prompts, completions, keep, 6) == [[0, 2], [1]]
+    assert packed_batches_of(prompts, completions, keep, 4) == [[0], [2], [1]]
+    assert packed_batches_of([], [], [], 4) == []
 
 
 @pytest.mark.parametrize(
