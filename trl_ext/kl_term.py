@@ -143,8 +143,7 @@ class KLTerm:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state` gave."""
-        self._controller.beta, self._heard = state["beta"], state["heard"]
-        self._summed = 0.0
+        self._controller.beta, self._heard, self._summed = state["beta"], state["heard"], 0.0
 
     def _check_model(self) -> None:
         """Virtual tokens stand before what a backbone is given: its states would be others.

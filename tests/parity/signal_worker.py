@@ -23,7 +23,6 @@ MIXED = ((0, 1), (0, 2, 3), (), (3,))
 # By name, what both trainers are given.
 RUNS: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "grpo"},
-    "dapo": {"loss_type": "dapo"},
     "bnpo": {"loss_type": "bnpo"},
     "grpo_kl": {"loss_type": "grpo", "beta": 0.1},
     "dapo_twice": {"loss_type": "dapo", "num_iterations": 2, "steps_per_generation": 4},
@@ -31,8 +30,7 @@ RUNS: dict[str, dict[str, Any]] = {
 # By name, what ours is given beside.
 OURS: dict[str, dict[str, Any]] = {
     "default": {},
-    "short": {"max_tokens_per_micro_batch": 6},
-    "padded": {"trim_padding": False, "max_tokens_per_micro_batch": 8},
+    "in more passes": {"max_tokens_per_micro_batch": 6},
 }
 
 
@@ -84,7 +82,8 @@ def train(trainer_class: Any, config_class: Any, model: str, folder: str, **opti
 
 def main(model: str, output: str) -> None:
     rank = os.environ.get("RANK", "0")
-    found, trainer = {}, None
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    trainer: Any = None
     for name, options in RUNS.items():
         _, found[name, "trl"] = train(TRLGRPOTrainer, TRLGRPOConfig, model, output, **options)
         for how, ours in OURS.items():
@@ -92,5 +91,4 @@ def main(model: str, output: str) -> None:
                 GRPOTrainer, GRPOConfig, model, output, **options, **ours
             )
     torch.save(found, Path(f"{output}-{rank}"))
-    assert trainer is not None
     end_training(trainer)

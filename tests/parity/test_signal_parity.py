@@ -125,39 +125,47 @@ def compared(model, tmp_path, ours: dict[str, Any] | None = None, /, **options):
     return mine, theirs
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize(
+    ("loss_type", "beta"),
+    [*((name, 0.0) for name in LOSS_TYPES), *((name, 0.1) for name in ("grpo", "bnpo", "dapo"))],
+)
 def test_every_loss_type(model_path, tmp_path, loss_type, beta):
     compared(model_path, tmp_path, loss_type=loss_type, beta=beta)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 16},
-        {"gradient_accumulation_steps": 2, "steps_per_generation": 4},
-        {"gradient_accumulation_steps": 4, "steps_per_generation": 6},
-        {"gradient_accumulation_steps": 4, "steps_per_generation": 2},
-        # Steps that are long enough for the clip, and for policies to differ within a rollout.
-        {
-            "num_iterations": 2,
-            "gradient_accumulation_steps": 2,
-            "steps_per_generation": 4,
-            "learning_rate": 0.1,
-        },
-        {"importance_sampling_level": "sequence", "num_iterations": 2, "learning_rate": 0.1},
-        {"off_policy_mask_threshold": 0.01, "num_iterations": 2, "learning_rate": 0.1},
-        {"entropy_coef": 0.1},
-        {"mask_truncated_completions": True},
-        {"gradient_checkpointing": True},
-        {"lora": True, "beta": 0.1},
-        {"scale_rewards": "batch"},
-    ],
-    ids=str,
-)
+HOW_OFTEN: list[dict[str, Any]] = [
+    {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 16},
+    {"gradient_accumulation_steps": 2, "steps_per_generation": 4},
+    {"gradient_accumulation_steps": 4, "steps_per_generation": 6},
+    {"gradient_accumulation_steps": 4, "steps_per_generation": 2},
+    # Steps that are long enough for the clip, and for policies to differ within a rollout.
+    {
+        "num_iterations": 2,
+        "gradient_accumulation_steps": 2,
+        "steps_per_generation": 4,
+        "learning_rate": 0.1,
+    },
+]
+HOW: list[dict[str, Any]] = [
+    {"importance_sampling_level": "sequence", "num_iterations": 2, "learning_rate": 0.1},
+    {"off_policy_mask_threshold": 0.01, "num_iterations": 2, "learning_rate": 0.1},
+    {"entropy_coef": 0.1},
+    {"mask_truncated_completions": True},
+    {"gradient_checkpointing": True},
+    {"lora": True, "beta": 0.1},
+    {"scale_rewards": "batch"},
+]
+
+
+@pytest.mark.parametrize("options", HOW_OFTEN, ids=str)
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
-def test_however_a_step_is_made(model_path, tmp_path, loss_type, options):
+def test_however_often_a_step_is_taken(model_path, tmp_path, loss_type, options):
     compared(model_path, tmp_path, loss_type=loss_type, **options)
+
+
+@pytest.mark.parametrize("options", HOW, ids=str)
+def test_however_a_step_is_made(model_path, tmp_path, options):
+    compared(model_path, tmp_path, **options)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +192,11 @@ def test_a_step_without_signal_still_moves_by_momentum(model_path, tmp_path):
             return mixed(prompts, completion_ids)
         return [0.0] * len(prompts)
 
-    options = {"reward": first_step_only, "optim": "adamw_torch", "learning_rate": 1e-2}
+    options: dict[str, Any] = {
+        "reward": first_step_only,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-2,
+    }
     theirs = run(TRLGRPOTrainer, TRLGRPOConfig, model_path, tmp_path / "trl", **options)
     mine = run(GRPOTrainer, GRPOConfig, model_path, tmp_path / "ours", **options)
     assert all(not gradient.any() for gradient in mine[0][1].values())
@@ -243,7 +255,7 @@ def too_long(prompts, trainer):
         (too_long, {"mask_truncated_completions": True}),
         (too_long, {"mask_truncated_completions": True, "beta": 0.1}),
     ],
-    ids=str,
+    ids=lambda given: getattr(given, "__name__", str(given)),
 )
 def test_whatever_is_sampled(model_path, tmp_path, source, options):
     compared(model_path, tmp_path, **options, reward=of_rows, source=source)
@@ -254,7 +266,7 @@ def test_whatever_is_sampled(model_path, tmp_path, source, options):
 )
 def test_the_kl_that_beta_follows_is_a_mean_over_rows(model_path, tmp_path, monkeypatch, estimator):
     """Two parts of a rollout, of as many rows and of differently many passes."""
-    options = estimator | {
+    options: dict[str, Any] = estimator | {
         "kl_controller": "adaptive",
         "kl_target": 1.0,
         "beta": 0.1,
@@ -276,7 +288,7 @@ def test_the_kl_that_beta_follows_is_a_mean_over_rows(model_path, tmp_path, monk
     found = [[log["kl/sequence"] for log in each] for each in logs]
     by_way = [heard[2 * way : 2 * way + 2] for way in range(len(logs))]
     for way in range(len(ways)):
-        assert found[way] == pytest.approx(found[-1], rel=1e-5, abs=1e-7)
+        assert found[way] == pytest.approx(found[-1], rel=1e-4, abs=1e-7)
         assert by_way[way] == pytest.approx(by_way[-1], rel=1e-5)
     # Of two steps each: a mean of means, as each has 16 rows.
     assert by_way[0] == pytest.approx([sum(found[0][i : i + 2]) / 2 for i in (0, 2)], rel=1e-5)

@@ -202,13 +202,16 @@ def test_each_prompt_is_run_once(batch):
     assert seen[2] == len(PROMPTS) * (PROMPT + COMPLETION)
 
 
-@pytest.mark.parametrize("how", ["packed", "trimmed", "hole"])
+@pytest.mark.parametrize("how", ["packed", "trimmed", "trimmed on both sides", "hole"])
 def test_states_predict_the_tokens_and_what_would_follow(batch, how):
     ids, mask = (each.clone() for each in batch)
     if how == "hole":  # which keeps a batch from being packed
         mask[0, PROMPT + 1] = 0
+    if how == "trimmed on both sides":
+        ids, mask = ids[:2], mask[:2]
     model = tiny("llama")
-    run = packed_pass(model, keeps_last=True) if how != "trimmed" else TrimmedPass(model, model, 9)
+    is_trimmed = how.startswith("trimmed")
+    run = TrimmedPass(model, model, 9) if is_trimmed else packed_pass(model, keeps_last=True)
     hidden: list[Tensor] = []
     model.model.register_forward_hook(lambda m, a, output: hidden.append(output.last_hidden_state))
     scored(run, model, ids, mask)
@@ -221,7 +224,10 @@ def test_states_predict_the_tokens_and_what_would_follow(batch, how):
 
 def test_backbone_states(batch):
     ids, mask = batch
-    backbone = tiny("llama").model
+    backbone, seen = tiny("llama").model, []
+    backbone.register_forward_pre_hook(
+        lambda module, args, options: seen.append(options["input_ids"].numel()), with_kwargs=True
+    )
     whole = backbone(input_ids=ids, attention_mask=mask).last_hidden_state[:, -COMPLETION - 1 :]
     of_row = torch.cat([torch.ones(len(ids), 1), mask[:, -COMPLETION:]], dim=1).bool()
     for trim_padding in (False, True):
@@ -229,6 +235,9 @@ def test_backbone_states(batch):
             backbone, backbone, ids, mask, COMPLETION, trim_padding=trim_padding
         )
         torch.testing.assert_close(found[of_row], whole[of_row])
+    # As in `test_each_prompt_is_run_once`, and the last token of each completion.
+    begins = sum(PROMPTS) - len(PROMPTS) - (PROMPTS[1] - 1)
+    assert seen == [ids.numel(), ids.numel(), begins + sum(COMPLETIONS) + len(COMPLETIONS)]
 
 
 @pytest.mark.parametrize(
@@ -246,6 +255,7 @@ def test_what_cannot_be_packed_is_trimmed(batch, absent):
 
 def test_nothing_is_trimmed_to_something(batch):
     ids, mask = batch
+    assert Packed.of(ids, mask, ids.size(1)) is None  # no column of a prompt
     model = tiny("llama")
     nothing = mask.clone()
     nothing[:, -COMPLETION:] = 0
