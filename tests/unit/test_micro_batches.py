@@ -1,5 +1,6 @@
 """Which rows a pass with gradient takes, counted in tokens."""
 
+import sys
 from collections import defaultdict
 from typing import Any
 
@@ -201,6 +202,23 @@ def test_however_rows_are_run_passes_have_no_more_tokens(
     assert all(tokens % (3 + 6) == 0 for tokens in found) or how in ("trimmed", "with states")
 
 
+def test_padded_passes_hold_rows_of_similar_length(gpt2_path, tmp_path):
+    """Rows with signal have 6, 5, 5, 4, 4, 3, 2, 1 tokens, and prompts of 3.
+
+    Of two at a time they are padded to 9, 8, 7, 5; three at a time are always above 20, but for the
+    last ones. Four passes it takes, and none of 17 or fewer will do: 9, 2·8, 2·7, 2·6, 4 are five.
+    """
+    found = passes(gpt2_path, tmp_path, max_tokens_per_micro_batch=20)
+    assert found == [2 * 9, 2 * 8, 2 * 7, 2 * 5]
+
+
+def test_no_more_passes_than_micro_batches_if_nothing_is_said(model_path, tmp_path, monkeypatch):
+    """16 rows of 6 tokens and 4 prompts of 2: six times what half a padded micro-batch has, 18."""
+    monkeypatch.setattr(sys.modules[__name__], "length_of", lambda row: 6)
+    found = passes(model_path, tmp_path, skip_zero_credit=False)
+    assert found == [4 * 6 + BEGIN] * 4
+
+
 def _compiled_later(init: Any) -> Any:
     """transformers compiles what `torch_compile` says when it begins; it says so afterwards."""
 
@@ -210,6 +228,11 @@ def _compiled_later(init: Any) -> Any:
         self.accelerator.state.dynamo_plugin.backend = "NO"
 
     return initialise
+
+
+def test_completions_that_are_masked_have_no_pass(model_path, tmp_path):
+    """None of them ends with <eos>. What is left is a prompt of 3 and one column of padding."""
+    assert passes(model_path, tmp_path, mask_truncated_completions=True) == [3 + 1]
 
 
 def test_nothing_to_learn_is_one_short_pass(model_path, tmp_path):

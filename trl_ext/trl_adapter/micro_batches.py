@@ -162,7 +162,7 @@ class MicroBatches(Evaluation):
         of_kl = "ref_per_token_logps" in rows or (self.kl.over_vocabulary and self.beta != 0.0)
         if not self.args.skip_zero_credit or self.needs_every_row(rows) or of_kl:
             return torch.ones(len(credit), dtype=torch.bool)
-        return (credit * mask if credit.dim() > 1 else credit[:, None]).ne(0).any(dim=1)
+        return ((credit if credit.dim() > 1 else credit[:, None]) * mask).ne(0).any(dim=1)
 
     def _part(self, rows: dict[str, Any], chosen: list[int], slots: int, *, is_last: bool) -> Part:
         count, everything = len(chosen), len(rows["advantages"])
