@@ -1,5 +1,6 @@
 """Which command runs, what an error looks like, and what is imported on the way."""
 
+import shlex
 import subprocess
 import sys
 
@@ -98,7 +99,7 @@ def test_a_pipe_that_closes_early_is_no_error(tmp_path):
     recipe = tmp_path / "r.yaml"
     text = "trainer: rwr\nmodel_name_or_path: m\ndataset_name: d\noutput_dir: o\n"
     recipe.write_text(text + f"run_name: {'x' * 200_000}\n")  # more than a pipe holds
-    command = f"{sys.executable} -m trl_ext show {recipe} | head -c 10"
+    command = f"{shlex.quote(sys.executable)} -m trl_ext show {recipe} | head -c 10"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert result.stderr == ""
 
