@@ -291,4 +291,6 @@ def test_the_kl_that_beta_follows_is_a_mean_over_rows(model_path, tmp_path, monk
         assert found[way] == pytest.approx(found[-1], rel=1e-3, abs=1e-6)
         assert by_way[way] == pytest.approx(by_way[-1], rel=1e-3, abs=1e-6)
     # Of two steps each: a mean of means, as each has 16 rows.
-    assert by_way[0] == pytest.approx([sum(found[0][i : i + 2]) / 2 for i in (0, 2)], rel=1e-3, abs=1e-6)
+    assert by_way[0] == pytest.approx(
+        [sum(found[0][i : i + 2]) / 2 for i in (0, 2)], rel=1e-3, abs=1e-6
+    )
