@@ -28,6 +28,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
+from step_time import Clock
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -36,7 +37,6 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     PreTrainedTokenizerFast,
-    TrainerCallback,
 )
 from trl import GRPOConfig as TRLGRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
@@ -307,21 +307,6 @@ def whole_step(ours: bool, model: str, prompts: Any, steps: int, seed: int) -> l
             callbacks=[clock],
         ).train()
     return clock.seconds
-
-
-class Clock(TrainerCallback):
-    """Seconds of each optimizer step, the first (warm-up) left out."""
-
-    def __init__(self):
-        self.seconds: list[float] = []
-        self._start = 0.0
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._start = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step > 1:
-            self.seconds.append(time.perf_counter() - self._start)
 
 
 def _right(completions: list[str], answer: list[str], **_: Any) -> list[float]:

@@ -199,9 +199,6 @@ def test_a_run_that_outgrows_the_card_goes_on_in_smaller_parts_to_the_same_end(
         "kl_controller=adaptive",
         "kl_target=0.5",
         "per_device_eval_batch_size=8",
-        # So that the rows of a pass are those of the batch size, and not those of so many tokens.
-        "trim_padding=false",
-        "skip_zero_credit=false",
     )
     where = {"SIGNAL": "0", "PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "OMP_NUM_THREADS": "1"}
     code, _, err = run("train", recipe, "trainer=ppo", "output_dir=large", *settings, **where)

@@ -14,6 +14,7 @@ from transformers import Trainer
 from tests.tiny import QUIET, VOCABULARY, count_a, prompts
 from trl_ext.ppo import PPOTrainer
 from trl_ext.registry import TRAINERS
+from trl_ext.rewards.deadline import default_timeout
 from trl_ext.trl_adapter import end_training
 
 GLOBAL_BATCH = 16
@@ -106,7 +107,7 @@ def main(name: str, model: str, output: str, accumulation: int, group: int) -> N
         rollout_func=rollout,
         peft_config=lora,
     )
-    assert trainer.args.reward_timeout == (45.0 if processes > 1 else None)
+    assert trainer.args.reward_timeout == default_timeout(processes)
     trainer.train()
     critic = trainer.critic.named_parameters() if isinstance(trainer, PPOTrainer) else ()
     leave(trainer, output, {f"critic.{name}": p.detach() for name, p in critic})
