@@ -356,7 +356,7 @@ def test_losses_do_not_depend_on_what_a_reward_asks_for(model_path, tmp_path):
     parameters = []
     for reward in (count_a, asking([])):
         # Where a KL is logged, rows without credit are run too: sums would be rounded otherwise.
-        whole = {"trim_padding": False, "skip_zero_credit": False}
+        whole: dict[str, Any] = {"trim_padding": False, "skip_zero_credit": False}
         parts = {"reward_funcs": reward}
         run = make(model_path, tmp_path, parts=parts, learning_rate=1e-2, **whole)
         run.train()
